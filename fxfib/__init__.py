@@ -1,11 +1,11 @@
 """Finds the fibers of a trained PyTorch model and merges each into one unit.
 
-`compile` is the whole tool; `color` only looks; `lift` is the inverse.  The names below are loaded at
-first use, so that `import fxfib` does not wait for torch.
+`compile` is the whole tool; `color` only looks; `lift` is the inverse.  The names below are loaded
+at first use, so that `import fxfib` does not wait for torch.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fxfib._version import __version__
 
@@ -38,7 +38,9 @@ def __getattr__(name: str) -> Any:
         return import_module("fxfib.errors")
     if name not in _HOME:
         raise AttributeError(f"module 'fxfib' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value  # found at once next time, and wins over a sub-module of the same name
+    return value
 
 
 def __dir__() -> list[str]:

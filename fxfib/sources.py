@@ -1,12 +1,14 @@
 """Where the command line takes its models, weights and example inputs from.
 
-Nothing here unpickles code: weights come from safetensors or through `torch.load(weights_only=True)`,
-a `.pt2` file through `torch.export.load` with its pickled parts restricted to tensors.
+Nothing here unpickles code: weights come from safetensors or through
+`torch.load(weights_only=True)`, a `.pt2` file through `torch.export.load` with its pickled parts
+restricted to tensors.
 """
 
 import importlib
 import inspect
 import json
+import logging
 import os
 import re
 import sys
@@ -51,20 +53,24 @@ class Source:
         if specs:
             return tuple(parse_input(spec) for spec in specs), None
         if self.example_args is None:
-            raise InputError("the shape of the model's inputs is not known; give --input 2x3x224x224")
+            raise InputError(
+                "the shape of the model's inputs is not known; give --input 2x3x224x224"
+            )
         return self.example_args, self.example_kwargs
 
 
 def parse_input(spec: str) -> torch.Tensor:
     """Turn `[dtype:]2x3x224x224[:bound]` into a tensor, the same one every time.
 
-    Floating-point values are standard normal; integers are uniform in [0, bound), bound 2 if not given.
+    Floating-point values are standard normal; integers are uniform in [0, bound), bound 2 if not
+    given.
     """
     match = _INPUT.fullmatch(spec)
     dtype = _DTYPES.get(match["dtype"] or "float32") if match else None
     if match is None or dtype is None:
         raise InputError(
-            f"input {spec!r} is not [dtype:]2x3x224x224[:bound] with a dtype of {', '.join(_DTYPES)}"
+            f"input {spec!r} is not [dtype:]2x3x224x224[:bound] with a dtype among "
+            f"{', '.join(_DTYPES)}"
         )
     shape = [] if match["shape"] == "scalar" else [int(size) for size in match["shape"].split("x")]
     generator = torch.Generator().manual_seed(_SEED)
@@ -222,8 +228,8 @@ def _from_factory(module_name: str, attribute: str) -> Source:
         value: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
             value = getattr(value, part)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"{spec} cannot be found: {_line(error)}") from error
+    except Exception as error:  # importing runs the user's own code
+        raise InputError(f"{spec} cannot be imported: {_line(error)}") from error
     if not isinstance(value, torch.nn.Module) and callable(value):
         try:
             value = value()
@@ -252,6 +258,9 @@ def _from_pt2(path: Path) -> Source:
     the trust that torch's own documentation asks for.
     """
     _check_pt2(path)
+    log = logging.getLogger("torch.export")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # torch logs a traceback before it raises its own error
     try:
         with _weights_only(), warnings.catch_warnings():
             # torch 2.11 maps weights from a read-only buffer; nothing here writes to them.
@@ -259,6 +268,8 @@ def _from_pt2(path: Path) -> Source:
             program = torch.export.load(path)
     except Exception as error:  # torch raises all kinds for a damaged archive
         raise LoadError(f"{path} is not a readable .pt2 archive: {_line(error)}") from error
+    finally:
+        log.setLevel(level)
     args, kwargs = program.example_inputs or (None, None)
     return Source(program.module(), args, kwargs or None)
 
@@ -284,8 +295,9 @@ def _check_pt2(path: Path) -> None:
     except (OSError, zipfile.BadZipFile, ValueError, KeyError, TypeError) as error:
         raise LoadError(f"{path} is not a readable .pt2 archive: {_line(error)}") from error
     if unknown or len(set(names)) != len(names):
+        what = ", ".join(unknown[:3]) or "one name twice"
         raise LoadError(
-            f"{path} holds more than a graph and tensors ({', '.join(unknown[:3]) or 'one name twice'}), "
+            f"{path} holds more than a graph and tensors ({what}), "
             "which fxfib does not load; export it again without custom objects or compiled parts"
         )
 

@@ -1,0 +1,279 @@
+"""The command line: `fxfib compile | color | export | report`.
+
+Results go to standard output, everything else to standard error.  Exit codes: 0 done, 1 refused or
+failed, 2 a wrong command line, 130 interrupted.  An error is one line.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import fxfib
+from fxfib.errors import ExportError, FxfibError, InputError, LoadError
+
+if TYPE_CHECKING:
+    from fxfib.sources import Source
+
+DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+_MODEL_HELP = (
+    "torchvision:NAME, timm:NAME, package.module:factory, a .pt2 file, or a saved fxfib file"
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; gives the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return _complain("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        # The reader (head, less) has gone; keep the interpreter from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except InputError as error:
+        return _complain(error, USAGE)
+    except (FxfibError, OSError) as error:
+        return _complain(error, FAILED)
+    except Exception as error:
+        if options.debug:
+            raise
+        kind = type(error).__name__
+        return _complain(f"unexpected {kind}: {error} (--debug shows where)", FAILED)
+    return DONE
+
+
+def _complain(error: object, code: int) -> int:
+    print(f"fxfib: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+def _note(text: str) -> None:
+    print(f"fxfib: {text}", file=sys.stderr)
+
+
+def _compile(options: argparse.Namespace) -> None:
+    _check_writable(options.output, options.onnx, options.report)
+    source = _load(options)
+    args, kwargs = source.inputs(options.input)
+    small = fxfib.compile(
+        source.module,
+        options.eps,
+        args,
+        kwargs,
+        criterion=options.criterion,
+        round_to=options.round_to,
+        skip=tuple(options.skip),
+        verify=options.verify,
+        progress=options.progress,
+    )
+    report = small.fibration
+    if options.output:
+        fxfib.save(small, options.output)
+        _note(f"wrote {options.output}")
+    if options.onnx:
+        _export_onnx(small, options.onnx, args, kwargs, options.opset)
+    if options.report:
+        as_json = Path(options.report).suffix == ".json"
+        _write_text(Path(options.report), (report.to_json() if as_json else str(report)) + "\n")
+        _note(f"wrote {options.report}")
+    print(report.to_json() if options.json else report)
+
+
+def _color(options: argparse.Namespace) -> None:
+    source = _load(options)
+    args, kwargs = source.inputs(options.input)
+    extra = {"example_kwargs": kwargs} if kwargs else {}
+    coloring = fxfib.color(source.module, args, options.eps, options.symmetry, **extra)
+    print(json.dumps(coloring.to_dict(), indent=2) if options.json else coloring)
+
+
+def _export(options: argparse.Namespace) -> None:
+    _check_writable(options.output)
+    source = _load(options)
+    args, kwargs = source.inputs(options.input)
+    report = _export_onnx(source.module, options.output, args, kwargs, options.opset)
+    print(json.dumps(report.to_dict(), indent=2) if options.json else report)
+
+
+def _report(options: argparse.Namespace) -> None:
+    path = Path(options.file)
+    if path.suffix == ".json":
+        try:
+            report = fxfib.Report.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, KeyError, TypeError) as error:
+            raise LoadError(f"{path} is not a report that fxfib wrote: {error}") from error
+    else:
+        report = fxfib.load(path).fibration
+        if report is None:
+            raise LoadError(f"{path} carries no report")
+    print(report.to_json() if options.json else report)
+
+
+def _load(options: argparse.Namespace) -> "Source":
+    # Imported here: torch takes seconds, and --help or a misspelt option needs none of it.
+    from fxfib.sources import load_model
+
+    source = load_model(options.model, options.weights)
+    for note in source.notes:
+        _note(note)
+    return source
+
+
+def _export_onnx(
+    module: Any, path: str, args: tuple[Any, ...], kwargs: dict[str, Any] | None, opset: int | None
+) -> Any:
+    extra: dict[str, Any] = {} if opset is None else {"opset": opset}
+    if kwargs:
+        extra["example_kwargs"] = kwargs
+    report = fxfib.export_onnx(module, path, args, **extra)
+    _note(f"wrote {path}")
+    return report
+
+
+def _check_writable(*paths: str | None) -> None:
+    """Refuse output paths that cannot be written, before any work is done for them."""
+    given = [Path(path) for path in paths if path]
+    if len({path.absolute() for path in given}) != len(given):
+        raise InputError("two outputs have the same path")
+    for path in given:
+        if path.is_dir():
+            raise ExportError(f"{path} is a folder, not a file to write")
+        probe = _beside(path)
+        try:
+            probe.touch(exist_ok=False)
+            probe.unlink()
+        except OSError as error:
+            raise ExportError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = _beside(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise ExportError(f"{path} cannot be written: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> Path:
+    """A temporary file of this process on the same file system, so that renaming is atomic."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line instead of the usage text."""
+        _complain(f"{message} (see {self.prog} --help)", USAGE)
+        sys.exit(USAGE)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="fxfib",
+        description="Find the fibers of a trained PyTorch model and merge each into one unit.",
+    )
+    parser.add_argument("--version", action="version", version=f"fxfib {fxfib.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    compile_ = _command(commands, "compile", _compile, "merge fibers and write the smaller model")
+    _model_options(compile_)
+    compile_.add_argument(
+        "--eps", type=_eps, default=0.0, help="fiber precision; 0 (default) is exact"
+    )
+    compile_.add_argument("--criterion", default="fibration", help="what eps measures")
+    compile_.add_argument(
+        "--round-to", type=_positive, metavar="N", help="keep widths at multiples of N"
+    )
+    compile_.add_argument(
+        "--skip",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="module to leave as it is (repeatable)",
+    )
+    compile_.add_argument(
+        "--no-verify", dest="verify", action="store_false", help="do not compare the outputs"
+    )
+    compile_.add_argument("--output", metavar="FILE", help="save the result (fxfib.load reads it)")
+    compile_.add_argument("--onnx", metavar="FILE", help="export the result to ONNX as well")
+    compile_.add_argument("--opset", type=_positive, metavar="N", help="ONNX opset")
+    compile_.add_argument(
+        "--report", metavar="FILE", help="write the report, as JSON if it ends in .json"
+    )
+    compile_.add_argument(
+        "--progress",
+        action=argparse.BooleanOptionalAction,
+        help="progress bars; by default where standard error is a terminal",
+    )
+
+    color = _command(commands, "color", _color, "only say which channels agree")
+    _model_options(color)
+    color.add_argument(
+        "--eps", type=_eps, default=0.0, help="fiber precision; 0 (default) is exact"
+    )
+    color.add_argument("--symmetry", choices=("fiber", "opfiber", "cover"), default="fiber")
+
+    export = _command(commands, "export", _export, "write a model as ONNX, checked in ONNX Runtime")
+    _model_options(export)
+    export.add_argument("--output", metavar="FILE", required=True, help="the .onnx file")
+    export.add_argument("--opset", type=_positive, metavar="N", help="ONNX opset")
+
+    report = _command(commands, "report", _report, "print the report of a compiled model")
+    report.add_argument("file", help="a saved fxfib file or a report in JSON")
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(run=run)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--debug", action="store_true", help="show the traceback of unexpected errors"
+    )
+    return parser
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help=_MODEL_HELP)
+    parser.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="safetensors, a weights_only checkpoint, or 'pretrained' for torchvision's own",
+    )
+    parser.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        metavar="SHAPE",
+        help="example input, [dtype:]2x3x224x224[:bound]; repeatable; integers lie below the bound",
+    )
+
+
+def _eps(text: str) -> float:
+    try:
+        eps = float(text)
+    except ValueError:
+        eps = math.nan
+    if not (0 <= eps < math.inf):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number of at least 0")
+    return eps
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
