@@ -1,0 +1,1 @@
+"""Sums of weight slices over the colors of an axis."""

@@ -1,0 +1,92 @@
+"""Segmented sum over the colors of one axis."""
+
+import torch
+from torch import Tensor
+
+from fxfib.kernels.labels import check_factors, check_slices
+
+
+def collapse(
+    weight: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    *,
+    axis: int = 1,
+    scale: Tensor | None = None,
+) -> Tensor:
+    r"""Sum the slices of `weight` that share a label: the sums that Eq. 3 compares.
+
+    .. math:: \bar W_{ic} = \sum_{k \in c} s_k W_{ik}
+
+    The sum is taken in float64 whatever the dtype of the weight, as a balanced tree in the order of
+    the slices: the same bits for every number of threads, and a rounding error that grows with the
+    logarithm of the color's size.
+
+    Args:
+        weight: any floating dtype, any strides, n slices along `axis`.
+        labels: int64 or int32 [n]; -1 leaves a slice out.
+        num_classes: number of colors; a color without slices sums to zero.
+        axis: the axis that the labels number.
+        scale: floating [n], one factor a slice; None means 1.
+
+    Returns:
+        float64, the shape of `weight` with `num_classes` along `axis`, on the device of `weight`.
+
+    Raises:
+        InputError: arguments whose dtypes, shapes or label range do not fit together.
+    """
+    axis = check_slices("collapse", weight, labels, num_classes, axis)
+    labels = labels.to(device=weight.device, dtype=torch.int64)
+    if scale is not None:
+        check_factors("collapse", "scale", scale, labels.shape[0])
+        scale = scale.to(device=weight.device, dtype=torch.float64)
+    if _is_identity(labels, num_classes):
+        return _scaled(weight.to(torch.float64, copy=True), scale, axis)
+
+    order = torch.argsort(labels, stable=True)
+    sorted_labels = labels[order]
+    order = order[sorted_labels >= 0]
+    sorted_labels = sorted_labels[sorted_labels >= 0]
+    sums = weight.index_select(axis, order).to(torch.float64)
+    sums = _scaled(sums, None if scale is None else scale[order], axis)
+    sums, present = _tree_sum(sums, sorted_labels, axis)
+    if present.shape[0] == num_classes:
+        return sums
+    shape = list(weight.shape)
+    shape[axis] = num_classes
+    return sums.new_zeros(shape).index_copy_(axis, present, sums)
+
+
+def _is_identity(labels: Tensor, num_classes: int) -> bool:
+    count = labels.shape[0]
+    return count == num_classes and torch.equal(labels, torch.arange(count, device=labels.device))
+
+
+def _scaled(slices: Tensor, factors: Tensor | None, axis: int) -> Tensor:
+    """Multiply fresh `slices` in place by one factor each."""
+    if factors is None:
+        return slices
+    shape = [1] * slices.dim()
+    shape[axis] = factors.shape[0]
+    return slices.mul_(factors.reshape(shape))
+
+
+def _tree_sum(slices: Tensor, labels: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Add neighbours of equal label until every label stands once; `labels` is sorted.
+
+    Each round adds at most one slice to any other, so no two additions race for one cell and the
+    result has the same bits on every device.
+    """
+    while True:
+        _, counts = torch.unique_consecutive(labels, return_counts=True)
+        if counts.numel() == labels.numel():
+            return slices, labels
+        starts = torch.repeat_interleave(torch.cumsum(counts, 0) - counts, counts)
+        position = torch.arange(labels.shape[0], device=labels.device)
+        odd = (position - starts) % 2 == 1
+        left = position[~odd]
+        right = position[odd]
+        target = torch.searchsorted(left, right - 1)
+        added = slices.index_select(axis, right)
+        slices = slices.index_select(axis, left).index_add_(axis, target, added)
+        labels = labels[left]

@@ -1,0 +1,1 @@
+"""Partition of rows into colors."""

@@ -1,0 +1,101 @@
+"""Groups of bit-identical rows: hash, then confirm."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fxfib.kernels.coloring.rows import Ints, Rows
+
+Hashes = NDArray[np.uint64]
+
+_SAMPLED_COLUMNS = 8
+_BLOCK_WORDS = 2**20
+
+
+def identical(rows: Rows, groups: Ints) -> tuple[Ints, Ints]:
+    """Number the classes of rows with the same values (+0 = -0) and the same group.
+
+    Almost always a few columns already tell all rows apart, so only rows whose sampled columns
+    agree with another row's are hashed in full, and only equal hashes are compared.
+
+    Args:
+        rows: n rows.
+        groups: int64 [n]; rows of different groups are never identical.
+
+    Returns:
+        ids, int64 [n], and for every id the index of its first row, int64 [classes].
+    """
+    columns: Ints | slice = slice(None)
+    if rows.width > _SAMPLED_COLUMNS:
+        columns = np.linspace(0, rows.width - 1, _SAMPLED_COLUMNS).astype(np.int64)
+    everyone = np.arange(rows.count)
+    keys = _hash(rows, everyone, columns, groups)
+    ids, suspects = _repeated(keys)
+    if len(suspects):
+        ids[suspects] = rows.count + _confirmed(rows, suspects, groups)
+    _, first, ids = np.unique(ids, return_index=True, return_inverse=True)
+    return ids.astype(np.int64), first.astype(np.int64)
+
+
+def _repeated(keys: Hashes) -> tuple[Ints, Ints]:
+    """An id of its own for every row, and the rows whose key another row has too."""
+    order = np.argsort(keys, kind="stable")
+    same = keys[order[1:]] == keys[order[:-1]]
+    repeated = np.zeros(len(keys), dtype=bool)
+    repeated[order[1:]] |= same
+    repeated[order[:-1]] |= same
+    return np.arange(len(keys)), np.flatnonzero(repeated)
+
+
+def _hash(rows: Rows, index: Ints, columns: Ints | slice, groups: Ints) -> Hashes:
+    """Multilinear hash of the 32-bit words of the rows, modulo 2^64; equal rows hash equally.
+
+    Integer arithmetic: unlike a floating-point projection it does not depend on where in a block
+    a row stands.
+    """
+    hashes = groups[index].astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    if rows.width == 0:
+        return hashes
+    step = max(1, _BLOCK_WORDS // (2 * rows.width))
+    generator = np.random.default_rng(20250101)
+    multipliers = np.empty(0, dtype=np.uint64)
+    for start in range(0, len(index), step):
+        block = index[start : start + step]
+        # Adding +0 turns -0 into +0, so that the two have the same bits.
+        values = np.ascontiguousarray(rows.values(block, columns) + np.float32(0.0))
+        words = values.view(np.uint32)
+        if not len(multipliers):
+            multipliers = generator.integers(0, 2**64, words.shape[1], np.uint64) | np.uint64(1)
+        hashes[start : start + step] += words.astype(np.uint64) @ multipliers
+    return hashes
+
+
+def _confirmed(rows: Rows, suspects: Ints, groups: Ints) -> Ints:
+    """Ids of the classes among `suspects`, by full hash and comparison."""
+    hashes = _hash(rows, suspects, slice(None), groups)
+    order = np.argsort(hashes, kind="stable")
+    ordered = suspects[order]
+    same_hash = hashes[order[1:]] == hashes[order[:-1]]
+    following = np.flatnonzero(same_hash) + 1
+    equal = np.zeros(len(order), dtype=bool)
+    step = max(1, _BLOCK_WORDS // max(1, rows.width))
+    for start in range(0, len(following), step):
+        block = following[start : start + step]
+        left, right = ordered[block], ordered[block - 1]
+        values_equal = rows.values(left, slice(None)) == rows.values(right, slice(None))
+        equal[block] = values_equal.all(axis=1) & (groups[left] == groups[right])
+    numbers = np.cumsum(~equal)
+    if not equal[following].all():
+        numbers = _without_hashing(rows, ordered, groups)
+    ids = np.empty(len(suspects), dtype=np.int64)
+    ids[order] = numbers
+    return ids
+
+
+def _without_hashing(rows: Rows, index: Ints, groups: Ints) -> Ints:
+    """The same classes by a dictionary of the rows' bytes, for the rare collision of hashes."""
+    known: dict[tuple[int, bytes], int] = {}
+    ids = np.empty(len(index), dtype=np.int64)
+    for position, row in enumerate(index):
+        values = rows.values(index[position : position + 1], slice(None)) + np.float32(0.0)
+        ids[position] = known.setdefault((int(groups[row]), values.tobytes()), len(known))
+    return ids

@@ -1,0 +1,125 @@
+"""Access to the rows that are being colored, without copying them to float64 as a whole."""
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.floating]
+Ints = NDArray[np.int64]
+Index = Ints | slice
+
+
+def pick(array: NDArray, index: Index, columns: Index) -> NDArray:
+    """``array[index][:, columns]`` without a copy of columns that are not wanted."""
+    if isinstance(index, slice) or isinstance(columns, slice):
+        return array[index, columns]
+    return array[index[:, None], columns]
+
+
+class Rows(Protocol):
+    """n rows of d values, each value known up to a bound."""
+
+    count: int
+    width: int
+    has_bounds: bool
+
+    def values(self, index: Index, columns: Index) -> Floats:
+        """Floating [len(index), len(columns)], in the rows' own precision (at least float32)."""
+        ...
+
+    def bounds(self, index: Index, columns: Index) -> Floats:
+        """Float64, broadcastable to `values`; zeros where the rows have no bounds."""
+        ...
+
+
+class PlainRows:
+    """Rows compared as they are."""
+
+    def __init__(self, values: Floats, bounds: Floats | None) -> None:
+        """`values`: float32 or float64 [n, d]; `bounds`: floating [n, d] or [n, 1], or None."""
+        self.count, self.width = values.shape
+        self.has_bounds = bounds is not None
+        self._values = values
+        self._bounds = bounds
+
+    def values(self, index: Index, columns: Index) -> Floats:
+        """See `Rows.values`."""
+        return pick(self._values, index, columns)
+
+    def bounds(self, index: Index, columns: Index) -> Floats:
+        """See `Rows.bounds`."""
+        if self._bounds is None:
+            return np.zeros((1, 1))
+        if self._bounds.shape[1] != self.width:
+            return self._bounds[index].astype(np.float64)
+        return pick(self._bounds, index, columns).astype(np.float64)
+
+
+class NormalisedRows:
+    r"""Rows divided by their largest absolute value m, so that proportional rows become equal.
+
+    An error of b in the row is an error of at most :math:`(b_j + |u_j| \nu) / m` in the entry
+    :math:`u_j = r_j / m`, where :math:`\nu` bounds the error of m itself (first order).  For rows
+    of at most 24 significant bits the float64 quotients are equal exactly when the rows are
+    proportional, so no bound is needed for exactness.
+    """
+
+    def __init__(self, values: Floats, bounds: Floats | None, norms: Floats) -> None:
+        """`norms`: float64 [n], ``abs(values).max(axis=1)``, and 1 for rows that count as zero."""
+        self.count, self.width = values.shape
+        self.has_bounds = bounds is not None
+        self._values = values
+        self._bounds = bounds
+        self._norms = norms[:, None]
+        if bounds is None:
+            return
+        if bounds.shape[1] == 1:
+            self._norm_error = bounds.astype(np.float64)
+        else:
+            upper = np.empty(self.count)
+            lower = np.empty(self.count)
+            step = max(1, 2**18 // max(1, self.width))
+            for start in range(0, self.count, step):
+                block = slice(start, start + step)
+                size = np.abs(values[block]).astype(np.float64)
+                upper[block] = (size + bounds[block]).max(axis=1)
+                lower[block] = (size - bounds[block]).max(axis=1)
+            self._norm_error = np.maximum(upper - norms, norms - lower)[:, None]
+
+    def values(self, index: Index, columns: Index) -> Floats:
+        """See `Rows.values`."""
+        return pick(self._values, index, columns) / self._norms[index]
+
+    def bounds(self, index: Index, columns: Index) -> Floats:
+        """See `Rows.bounds`."""
+        if self._bounds is None:
+            return np.zeros((1, 1))
+        wide = self._bounds.shape[1] == self.width
+        bounds = pick(self._bounds, index, columns) if wide else self._bounds[index]
+        spread = np.abs(self.values(index, columns)) * self._norm_error[index]
+        # Entries lie in [-1, 1]; a bound above 2 says no more than 2 does, and never overflows.
+        return np.minimum((bounds + spread) / self._norms[index], 2.0)
+
+
+def distinct(rows: Rows, ids: Ints, first: Ints) -> Rows:
+    """One row for every id: the values of the `first` member, the smallest bounds of all members.
+
+    The smallest bounds make every pair of *members* satisfy what the representatives satisfy.
+    """
+    if len(first) == rows.count:
+        return rows
+    everything = slice(None)
+    values = rows.values(first, everything)
+    if not rows.has_bounds:
+        return PlainRows(values, None)
+    order = np.argsort(ids, kind="stable")
+    starts = np.searchsorted(ids[order], np.arange(len(first)))
+    bounds = np.minimum.reduceat(rows.bounds(order, everything), starts, axis=0)
+    return PlainRows(values, bounds)
+
+
+def value_order(values: Floats) -> Ints:
+    """An order of distinct rows that depends on their values alone, not on where they stand."""
+    keys = [row.tobytes() for row in values + 0.0]
+    return np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)

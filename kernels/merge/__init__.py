@@ -1,0 +1,1 @@
+"""Means of weight slices over the colors of an axis."""

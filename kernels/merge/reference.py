@@ -1,0 +1,75 @@
+"""Mean, or weighted sum, over the colors of one axis."""
+
+import torch
+from torch import Tensor
+
+from fxfib.errors import InputError
+from fxfib.kernels.collapse.reference import collapse
+from fxfib.kernels.labels import check_factors, check_slices
+
+
+def merge(
+    weight: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    *,
+    axis: int = 0,
+    weights: Tensor | None = None,
+) -> Tensor:
+    r"""One slice for every color: the average over the nodes of a fiber in Eq. 10.
+
+    .. math:: \hat W_{c'} = \frac{1}{|c'|} \sum_{i \in c'} W_i
+              \qquad\text{or, with weights,}\qquad \hat W_{c'} = \sum_{i \in c'} \omega_i W_i
+
+    The other half of Eq. 10, the sum over the input colors, is `collapse`.  Sums are taken in
+    float64 and rounded once.  The mean is the first member plus the mean deviation from it, so
+    equal slices merge to the very same bits; a color of one member, of weight 1 or without weights,
+    keeps its bits too.
+
+    Args:
+        weight: any floating dtype, any strides, n slices along `axis`.
+        labels: int64 or int32 [n]; -1 leaves a slice out.
+        num_classes: number of colors.
+        axis: the axis that the labels number.
+        weights: floating [n], used as they are (they need not sum to 1 in a color); None: the mean.
+
+    Returns:
+        dtype of `weight`, its shape with `num_classes` along `axis`, on its device.
+
+    Raises:
+        InputError: arguments whose dtypes, shapes or label range do not fit together, or a color
+            that has no slice.
+    """
+    axis = check_slices("merge", weight, labels, num_classes, axis)
+    labels = labels.to(device=weight.device, dtype=torch.int64)
+    kept = torch.nonzero(labels >= 0).squeeze(1)
+    kept_labels = labels[kept]
+    counts = torch.bincount(kept_labels, minlength=num_classes)
+    if bool((counts == 0).any()):
+        empty = int(torch.nonzero(counts == 0)[0])
+        raise InputError(f"merge: color {empty} has no slice to take the mean of.")
+    if weights is not None:
+        check_factors("merge", "weights", weights, labels.shape[0])
+        merged = collapse(weight, labels, num_classes, axis=axis, scale=weights)
+        return merged.to(weight.dtype)
+
+    # Stable, so the first member of every color stands first in its run.
+    order = kept[torch.argsort(kept_labels, stable=True)]
+    first = order[torch.cumsum(counts, 0) - counts]
+    merged = weight.index_select(axis, first)
+    several = torch.nonzero(counts > 1).squeeze(1)
+    if several.numel() == 0:
+        return merged
+    number = torch.full_like(counts, -1)
+    number[several] = torch.arange(several.shape[0], device=weight.device)
+    members = kept[counts[kept_labels] > 1]
+    member_labels = number[labels[members]]
+    base = merged.index_select(axis, several).to(torch.float64)
+    deviation = weight.index_select(axis, members).to(torch.float64)
+    deviation -= base.index_select(axis, member_labels)
+    shape = [1] * weight.dim()
+    shape[axis] = several.shape[0]
+    mean = collapse(deviation, member_labels, several.shape[0], axis=axis)
+    mean /= counts[several].reshape(shape)
+    mean += base
+    return merged.index_copy_(axis, several, mean.to(weight.dtype))
