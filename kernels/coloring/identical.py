@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from fxfib.kernels.coloring.rows import Ints, Rows
+from fxfib.kernels.coloring.rows import Ints, Rows, by_appearance
 
 Hashes = NDArray[np.uint64]
 
@@ -22,7 +22,7 @@ def identical(rows: Rows, groups: Ints) -> tuple[Ints, Ints]:
         groups: int64 [n]; rows of different groups are never identical.
 
     Returns:
-        ids, int64 [n], and for every id the index of its first row, int64 [classes].
+        ids, int64 [n], in the order of first appearance, and the first row of every id.
     """
     columns: Ints | slice = slice(None)
     if rows.width > _SAMPLED_COLUMNS:
@@ -32,8 +32,7 @@ def identical(rows: Rows, groups: Ints) -> tuple[Ints, Ints]:
     ids, suspects = _repeated(keys)
     if len(suspects):
         ids[suspects] = rows.count + _confirmed(rows, suspects, groups)
-    _, first, ids = np.unique(ids, return_index=True, return_inverse=True)
-    return ids.astype(np.int64), first.astype(np.int64)
+    return by_appearance(ids)
 
 
 def _repeated(keys: Hashes) -> tuple[Ints, Ints]:

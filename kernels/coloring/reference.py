@@ -16,6 +16,7 @@ from fxfib.kernels.coloring.rows import (
     NormalisedRows,
     PlainRows,
     Rows,
+    by_appearance,
     distinct,
     value_order,
 )
@@ -101,10 +102,10 @@ def color(
     scales: Floats | None = None
     if scaled:
         ids, norms = _proportional(values, bounds, eps, groups)
-        labels, first = _by_appearance(ids)
+        labels, first = by_appearance(ids)
         scales = norms / norms[first[labels]]
     else:
-        labels, first = _by_appearance(_equal(PlainRows(values, bounds), eps, groups))
+        labels, first = by_appearance(_equal(PlainRows(values, bounds), eps, groups))
     return Coloring(
         torch.from_numpy(labels).to(rows.device),
         len(first),
@@ -167,15 +168,6 @@ def _largest_members(values: Floats, norms: Floats, ids: Ints) -> Ints:
         members = members[norms[members] == norms[members[0]]]
         chosen[group] = members[value_order(values[members])[0]]
     return chosen
-
-
-def _by_appearance(ids: Ints) -> tuple[Ints, Ints]:
-    """Number clusters in the order of their first rows; also the first row of every cluster."""
-    _, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
-    order = np.argsort(first, kind="stable")
-    numbers = np.empty(len(first), dtype=np.int64)
-    numbers[order] = np.arange(len(first))
-    return numbers[inverse], first[order]
 
 
 def _to_numpy(tensor: Tensor) -> Floats:

@@ -102,9 +102,19 @@ class NormalisedRows:
         return np.minimum((bounds + spread) / self._norms[index], 2.0)
 
 
+def by_appearance(ids: Ints) -> tuple[Ints, Ints]:
+    """Number clusters in the order of their first rows; also the first row of every cluster."""
+    _, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
+    order = np.argsort(first, kind="stable")
+    numbers = np.empty(len(first), dtype=np.int64)
+    numbers[order] = np.arange(len(first))
+    return numbers[inverse], first[order]
+
+
 def distinct(rows: Rows, ids: Ints, first: Ints) -> Rows:
     """One row for every id: the values of the `first` member, the smallest bounds of all members.
 
+    The ids count up in the order of first appearance, so without repetition they are the rows.
     The smallest bounds make every pair of *members* satisfy what the representatives satisfy.
     """
     if len(first) == rows.count:
