@@ -106,10 +106,11 @@ def _export(options: argparse.Namespace) -> None:
 def _report(options: argparse.Namespace) -> None:
     path = Path(options.file)
     if path.suffix == ".json":
+        text = path.read_text(encoding="utf-8")
         try:
-            report = fxfib.Report.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, KeyError, TypeError) as error:
-            raise LoadError(f"{path} is not a report that fxfib wrote: {error}") from error
+            report = fxfib.Report.from_dict(json.loads(text))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise LoadError(f"{path} is not a report that fxfib wrote") from error
     else:
         report = fxfib.load(path).fibration
         if report is None:

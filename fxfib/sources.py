@@ -241,12 +241,12 @@ def _from_factory(module_name: str, attribute: str) -> Source:
 
 
 def _from_saved(path: Path) -> Source:
-    from fxfib.serialize import load
-
     if path.suffix in (".pt", ".pth", ".th", ".ckpt", ".bin", ".safetensors"):
         raise InputError(
             f"{path} holds weights, not a model; name the model and give the file with --weights"
         )
+    from fxfib.serialize import load
+
     return Source(load(path))
 
 
