@@ -144,7 +144,7 @@ def _proportional(
     ids = np.unique(ids, return_inverse=True)[1]
     if eps == 0:
         return ids, norms
-    largest = _largest_members(values, norms, ids)
+    largest = _largest_members(values, bounds, norms, ids)
     # The largest member stands for its group, so the factors inside the group are relative to it.
     factors = norms / norms[largest[ids]]
     separate = zero[largest]
@@ -155,8 +155,8 @@ def _proportional(
     return parts[ids], factors
 
 
-def _largest_members(values: Floats, norms: Floats, ids: Ints) -> Ints:
-    """For every id its row of largest norm; among several, one that the values alone decide."""
+def _largest_members(values: Floats, bounds: Floats | None, norms: Floats, ids: Ints) -> Ints:
+    """For every id its row of largest norm; among several, values and bounds alone decide."""
     order = np.lexsort((-norms, ids))
     starts = np.searchsorted(ids[order], np.arange(int(ids.max()) + 1))
     chosen = order[starts]
@@ -166,7 +166,10 @@ def _largest_members(values: Floats, norms: Floats, ids: Ints) -> Ints:
         ends = starts[group + 1] if group + 1 < len(starts) else len(order)
         members = order[starts[group] : ends]
         members = members[norms[members] == norms[members[0]]]
-        chosen[group] = members[value_order(values[members])[0]]
+        known = values[members]
+        if bounds is not None:
+            known = np.concatenate([known, bounds[members]], axis=1)
+        chosen[group] = members[value_order(known)[0]]
     return chosen
 
 
