@@ -33,8 +33,8 @@ ROUNDS, CALLS = 30, 20
 
 HONEST = """\
 What to make of it.  A network trained once from random weights has hardly any exact fibers, so
-eps = 0 leaves it nearly as it is, and that is the right answer.  With eps > 0 the weights of a color
-are made equal although they were not: the function changes, and the accuracy says what that cost.
+eps = 0 leaves it nearly as it is, and that is the right answer.  With eps > 0 the weights of a
+color are made equal although they were not: the function changes, and the accuracy shows the cost.
 The lifted network shows the other side: it is 1.5 times as wide, its copies are split at random and
 shifted by sums of zero so that no two rows need be equal, and it computes the same function.  There
 eps = 0 finds every fiber and comes back to the original size with nothing lost but rounding.
