@@ -8,8 +8,12 @@ ROOT := $(CURDIR)
 UV   := .bootstrap/bin/uv
 BIN  := .venv/bin
 
+ifdef FXFIB_DATA
+export FXFIB_DATA := $(abspath $(FXFIB_DATA))
+endif
+
 # One thread a worker: two workers with a thread pool each fight over the cores.
-PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 TESTS  := $(PYTEST) $(BIN)/pytest -n $(JOBS) -q
 
 .PHONY: help demo test test-old wheel-test lint format typecheck clean
@@ -58,7 +62,7 @@ test-old: .venv-old/.stamp
 
 # uv comes from pip into a folder of its own: this needs neither ensurepip nor rights on the system.
 $(UV):
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --target .bootstrap uv
+	$(PYTHON) -m pip install --quiet --root-user-action=ignore --disable-pip-version-check --target .bootstrap uv
 
 .venv/.stamp: pyproject.toml setup.py | $(UV)
 	test -x $(BIN)/python || $(UV) venv --quiet --python $(PYTHON) .venv

@@ -266,12 +266,13 @@ def _from_pt2(path: Path) -> Source:
             # torch 2.11 maps weights from a read-only buffer; nothing here writes to them.
             warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
             program = torch.export.load(path)
+            module = program.module()
     except Exception as error:  # torch raises all kinds for a damaged archive
         raise LoadError(f"{path} is not a readable .pt2 archive: {_line(error)}") from error
     finally:
         log.setLevel(level)
     args, kwargs = program.example_inputs or (None, None)
-    return Source(program.module(), args, kwargs or None)
+    return Source(module, args, kwargs or None)
 
 
 def _check_pt2(path: Path) -> None:
