@@ -114,6 +114,7 @@ def test_hash_collisions_are_noticed(monkeypatch, classes):
     assert color(rows).labels.tolist() == expected
     groups = torch.arange(90) // 30
     assert color(rows, must_match=groups).num_classes == 90
+    assert color(torch.ones(9, 20), must_match=torch.arange(9) % 3).num_classes == 3
 
 
 def test_rows_that_differ_in_one_late_column():
@@ -124,6 +125,18 @@ def test_rows_that_differ_in_one_late_column():
     bound = torch.full((200, 1), 5e-8, dtype=torch.float64)
     assert color(rows, bound=bound).labels.tolist() == expected
     assert color(rows, bound=1.3 * bound).num_classes == 1
+
+
+@pytest.mark.parametrize("options", [{"eps": 1.0}, {"bound": torch.full((800, 1), 0.5)}])
+def test_every_column_counts(options):
+    """One pair for every column, apart in that column alone, by less than float32 can tell."""
+    rows = 16 * weights("normal", 400, 400).repeat(2, 1)
+    column = torch.arange(400)
+    rows[column, column] = 1.0
+    rows[400 + column, column] = 0.0
+    assert color(rows, **options).labels.tolist() == [*range(400), *range(400)]
+    rows[400 + column, column] = -(2.0**-30)
+    assert color(rows, **options).num_classes == 800
 
 
 @pytest.mark.parametrize("scaled", [False, True])

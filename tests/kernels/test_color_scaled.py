@@ -100,6 +100,19 @@ def test_near_misses_are_not_proportional():
         assert color(fine, bound=bound, scaled=True).num_classes == 1
 
 
+def test_the_largest_value_may_be_off_by_its_bound_too():
+    error = 1e-6
+    exact = torch.tensor([[1.0, 0.75, -0.5], [1.0, 0.75, -0.5]], dtype=torch.float64)
+    signs = torch.tensor([[1.0, -1.0, 1.0], [-1.0, 1.0, -1.0]])
+    for narrow in (False, True):
+        bound = torch.full((2, 1 if narrow else 3), error, dtype=torch.float64)
+        factors = torch.tensor([[1.0], [8.0]])
+        rows = (exact + 0.99 * error * signs) * factors
+        assert color(rows, bound=bound * factors, scaled=True).num_classes == 1
+        rows = (exact + 1.1 * error * signs) * factors
+        assert color(rows, bound=bound * factors, scaled=True).num_classes == 2
+
+
 def test_negative_factors_do_not_merge():
     rows = torch.tensor([[1.0, -2.0], [-1.0, 2.0], [2.0, -4.0]])
     assert color(rows, scaled=True).labels.tolist() == [0, 1, 0]
@@ -134,6 +147,11 @@ def test_approximate_mode_clusters_the_largest_members():
     # too, and represented by row 3, which is far from row 1.
     assert result.labels.tolist() == [0, 0, 1, 1, 2]
     assert result.scales.tolist() == [1.0, 10.0, 1.0, 4.0, 1.0]
+    assert (
+        color(torch.cat([rows[:1] * 2, rows[:1] * 2, rows[1:]]), 0.5, scaled=True).num_classes == 3
+    )
+    close = torch.cat([rows[:1] * 2, rows[:1] * 2, rows[1:3]])
+    assert color(close, 0.5, scaled=True).num_classes == 1
     close = torch.cat([rows[:3], rows[4:]])
     result = color(close, 0.5, scaled=True)
     assert result.labels.tolist() == [0, 0, 0, 1]
