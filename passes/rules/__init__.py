@@ -1,1 +1,17 @@
-""""""
+"""Rules: one class an op, one file an op family."""
+
+from fxfib.passes.rules.base import Rule, all_rules, find_rule, overloads, register
+
+__all__ = ["Rule", "all_rules", "find_rule", "overloads", "register"]
+
+# Importing a family registers its rules.
+from fxfib.passes.rules import (  # noqa: E402, F401
+    convolution,
+    elementwise,
+    linear,
+    movement,
+    norm,
+    parametric,
+    pooling,
+    reduction,
+)

@@ -1,0 +1,248 @@
+"""Affine forms: what makes two output nodes of a linear op differ.
+
+The node ``i`` of a linear, convolution or batch-norm output is
+
+    ``z_i = sum_j rows[i, j] * u_j + offset[i]``,
+
+where ``u_j`` is what column ``j`` stands for: the sum over one input color at one kernel position
+(Eq. 3), and the offset multiplies the constant one.  Rules return such forms, never clusters; one
+place (:func:`color_form`) turns them into colors, so exact and approximate modes share all rules.
+
+Every entry carries the bound of its own rounding: an entry that was stored as it is has none; a sum
+of ``m`` stored numbers, or a product, may be off by a few unit roundoffs of the parameters' dtype
+times the sum of absolute values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from fxfib.coloring import FIRST_FREE, Factor, Floats, Labels, unique_rows, with_constants
+from fxfib.kernels import collapse, color
+
+# Two sums of stored numbers are called equal when they differ by no more than this many unit
+# roundoffs times their sums of absolute values (each side contributes its own half).
+ROUNDING_MULTIPLE = 2.0
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """Half the distance from 1 to the next number: the relative error of storing one number."""
+    return torch.finfo(dtype).eps / 2
+
+
+@dataclass(frozen=True)
+class Form:
+    """Rows of an affine map along one axis of a value.
+
+    Attributes:
+        axis: the axis of the value whose nodes these are.
+        rows: ``[n, d]`` floating tensor (the parameters' own dtype if nothing was computed).
+        offset: float64 ``[n]``, the coefficient of the constant one.
+        rows_bound: ``[n, d]`` or ``[n, 1]`` rounding bound of ``rows``; None: exact as stored.
+        offset_bound: float64 ``[n]``.
+        must_match: int64 ``[n]`` or None: nodes of different numbers read different things.
+        space: what the columns mean; forms of equal space can be compared.
+    """
+
+    axis: int
+    rows: torch.Tensor
+    offset: Floats
+    rows_bound: torch.Tensor | None
+    offset_bound: Floats
+    must_match: Labels | None
+    space: Hashable
+
+    def scaled(self, gain: Floats, roundoff: float) -> Form:
+        """The form of ``gain_i * z_i`` (gains of any sign)."""
+        if np.all(gain == 1.0):
+            return self
+        factor = torch.from_numpy(gain).unsqueeze(1)
+        rows = self.rows.to(torch.float64) * factor
+        rounding = ROUNDING_MULTIPLE * roundoff * rows.abs()
+        if self.rows_bound is not None:
+            rounding = rounding + self.rows_bound * factor.abs()
+        offset = self.offset * gain
+        offset_bound = self.offset_bound * np.abs(gain) + ROUNDING_MULTIPLE * roundoff * np.abs(
+            offset
+        )
+        return replace(
+            self, rows=rows, offset=offset, rows_bound=rounding, offset_bound=offset_bound
+        )
+
+    def shifted(self, shift: Floats, roundoff: float, *, magnitude: Floats | None = None) -> Form:
+        """The form of ``z_i + shift_i``; ``magnitude`` bounds the terms that made the shift."""
+        if not np.any(shift) and magnitude is None:
+            return self
+        untouched = ~np.any(self.offset) and magnitude is None
+        size = np.abs(shift) if magnitude is None else magnitude
+        bound = self.offset_bound
+        if not untouched:
+            bound = bound + ROUNDING_MULTIPLE * roundoff * (np.abs(self.offset) + size)
+        return replace(self, offset=self.offset + shift, offset_bound=bound)
+
+    def plus(self, other: Form) -> Form:
+        """The form of ``z_i + z'_i``: both rows side by side (a joint signature)."""
+        rows = torch.cat([self.rows.to(torch.float64), other.rows.to(torch.float64)], 1)
+        bound = torch.cat([_dense_bound(self), _dense_bound(other)], 1)
+        matches = [m for m in (self.must_match, other.must_match) if m is not None]
+        return Form(
+            self.axis,
+            rows,
+            self.offset + other.offset,
+            bound if bool(bound.any()) else None,
+            self.offset_bound + other.offset_bound,
+            unique_rows(*matches) if matches else None,
+            ("plus", self.space, other.space),
+        )
+
+
+def _dense_bound(form: Form) -> torch.Tensor:
+    shape = form.rows.shape
+    if form.rows_bound is None:
+        return torch.zeros(shape, dtype=torch.float64)
+    return form.rows_bound.to(torch.float64).expand(shape)
+
+
+def form_of_factor(factor: Factor) -> Form:
+    """Colored nodes as an affine form: ``scale_i`` times the base of their color.
+
+    Constants become offsets.  Nodes of different colors must not merge (``must_match``): the
+    one-hot of the color, as the identity shortcut of a residual block.
+    """
+    constant = factor.constant
+    values = np.where(factor.labels == 0, factor.scales, 0.0)
+    rows = torch.from_numpy(np.where(constant, 0.0, factor.scales)).unsqueeze(1)
+    return Form(
+        factor.axes[0],
+        rows,
+        np.where(constant, values, 0.0),
+        None,
+        np.zeros(len(values)),
+        np.where(constant, 0, factor.labels),
+        ("factor", factor.space),
+    )
+
+
+def collapse_columns(
+    weight: torch.Tensor, factor: Factor | None, *, offset_constants: bool, roundoff: float
+) -> tuple[torch.Tensor, torch.Tensor | None, Floats, Floats, Labels | None]:
+    """Columns of a weight summed over the colors of its input (the left side of Eq. 3).
+
+    Args:
+        weight: ``[out, in, ...]``.
+        factor: coloring of the input axis, None when every input is distinct.
+        offset_constants: a constant input adds to the offset (no border effects); otherwise its
+            column stays, one for all constants, weighted by their values.
+        roundoff: unit roundoff of the parameters.
+
+    Returns:
+        rows ``[out, d]``, their bound or None, offset ``[out]``, its bound, and the color of each
+        column (None when nothing was collapsed).
+    """
+    out = weight.shape[0]
+    zero = np.zeros(out)
+    if factor is None:
+        return weight.reshape(out, -1), None, zero, zero, None
+    labels, scales = factor.labels, factor.scales
+    live = labels >= FIRST_FREE if offset_constants else labels != 1
+    same = unique_rows(np.where(live, labels, -1))
+    order = np.where(live, same, -1)
+    kept, compact = np.unique(order[live], return_inverse=True)
+    order[live] = compact.reshape(-1)
+    classes = len(kept)
+    column_colors = np.zeros(classes, dtype=np.int64)
+    column_colors[order[live]] = labels[live]
+    offset, offset_bound = zero, zero
+    if offset_constants and np.any(factor.constant):
+        values = np.where(labels == 0, scales, 0.0)
+        taps = weight.to(torch.float64).flatten(2).sum(2) if weight.ndim > 2 else weight.double()
+        magnitude = (
+            weight.to(torch.float64).abs().flatten(2).sum(2) if weight.ndim > 2 else taps.abs()
+        )
+        offset = (taps @ torch.from_numpy(values)).numpy()
+        offset_bound = (
+            ROUNDING_MULTIPLE * roundoff * (magnitude @ torch.from_numpy(np.abs(values))).numpy()
+        )
+    if classes == len(labels) and np.all(scales == 1.0):
+        return weight.reshape(out, -1), None, offset, offset_bound, column_colors
+    index = torch.from_numpy(order)
+    scale = None if np.all(scales == 1.0) else torch.from_numpy(scales)
+    rows = collapse(weight, index, classes, axis=1, scale=scale)
+    sizes = np.bincount(order[live], minlength=classes)
+    summed = sizes > 1
+    if scale is not None:
+        summed |= np.bincount(order[live], weights=scales[live] != 1.0, minlength=classes) > 0
+    # Only columns that really were sums or products may be off; the others are exact as stored.
+    bound = torch.zeros(rows.shape, dtype=torch.float64)
+    chosen = torch.from_numpy(np.flatnonzero(summed))
+    if len(chosen):
+        relabel = np.full(classes, -1)
+        relabel[np.flatnonzero(summed)] = np.arange(len(chosen))
+        only = np.where(order >= 0, relabel[order], -1)
+        picked = np.flatnonzero(only >= 0)
+        sub_scale = None if scale is None else scale[picked].abs()
+        magnitude = collapse(
+            weight[:, torch.from_numpy(picked)].abs(),
+            torch.from_numpy(only[picked]),
+            len(chosen),
+            axis=1,
+            scale=sub_scale,
+        )
+        bound[:, chosen] = ROUNDING_MULTIPLE * roundoff * magnitude.to(torch.float64)
+    return rows.reshape(out, -1), bound.reshape(out, -1), offset, offset_bound, column_colors
+
+
+def color_form(form: Form, size: int, eps: float, criterion: str) -> Factor:
+    """Turn an affine form into colors: equal rows and offsets, equal color.
+
+    A node whose row is zero (within its rounding bound) is the constant of its offset.  At every
+    eps, rows that are parallel by a positive factor are one color with scales (exactly parallel);
+    eps then merges the largest members.
+
+    Args:
+        form: the affine form of ``size`` nodes.
+        eps: fiber precision of the criterion, 0 for exact.
+        criterion: as in :func:`fxfib.kernels.color`.
+    """
+    axis, space = form.axis, ("colored", form.space, id(form))
+    if size == 0:
+        return Factor((axis,), np.zeros(0, np.int64), np.zeros(0), space)
+    rows = form.rows
+    simple = form.rows_bound is None and not form.offset_bound.any()
+    magnitude = rows.abs()
+    zero = (magnitude if form.rows_bound is None else magnitude - form.rows_bound) <= 0
+    constant = zero.all(dim=1).numpy()
+    offset = torch.from_numpy(form.offset)
+    wide = rows if rows.dtype == torch.float64 else rows.to(torch.float32)
+    if not np.any(form.offset) and simple:
+        table, bound = wide, None
+    else:
+        table = torch.cat([wide.to(torch.float64), offset.unsqueeze(1)], 1)
+        bound = None
+        if not simple:
+            bound = torch.cat(
+                [_dense_bound(form), torch.from_numpy(form.offset_bound).unsqueeze(1)], 1
+            )
+    match = None if form.must_match is None else torch.from_numpy(form.must_match)
+    # Step one: equal rows.  Members of one color then share one scale exactly, whatever rounding.
+    exact = color(table, 0.0, criterion, must_match=match, bound=bound)
+    equal = exact.labels.numpy()
+    _, first = np.unique(equal, return_index=True)
+    chosen = torch.from_numpy(first)
+    heads = color(
+        table[chosen],
+        eps,
+        criterion,
+        must_match=None if match is None else match[chosen],
+        bound=None if bound is None else bound[chosen],
+        scaled=True,
+    )
+    assert heads.scales is not None
+    labels = heads.labels.numpy()[equal] + FIRST_FREE
+    scales = heads.scales.numpy()[equal]
+    labels, scales = with_constants(labels, scales, constant, form.offset)
+    return Factor((axis,), labels, scales, space)

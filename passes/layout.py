@@ -1,0 +1,216 @@
+"""Layouts: how the nodes of an axis are stored in the rewritten graph.
+
+A :class:`Layout` maps an axis of ``full`` nodes to ``size`` slots.  Merging maps many nodes to one
+slot (Eq. 10: rows averaged, columns summed); lifting maps one node to many slots (rows copied,
+columns split).  Rewriting a parameter is a linear map of each of its axes in both cases, so rules
+speak of ``rows``, ``columns`` and ``first`` and never ask which it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fxfib.coloring import Floats, Labels
+from fxfib.kernels import collapse, merge
+
+
+class Reducer(Protocol):
+    """A linear map of one axis of a parameter."""
+
+    full: int
+
+    def apply(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
+        """The tensor with ``axis`` of ``full`` entries mapped to its slots, in its own dtype."""
+        ...
+
+    @property
+    def identity(self) -> bool: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Slots of an axis.
+
+    Attributes:
+        slot: int64 ``[full]``, the slot of each node; -1: dropped.  Of a lift: the first slot.
+        representative: int64 ``[size]``, the node a slot stands for (its first member).
+        constant_dropped: the nodes dropped because they are constant.
+    """
+
+    slot: Labels
+    representative: Labels
+
+    @property
+    def full(self) -> int:
+        return len(self.slot)
+
+    @property
+    def size(self) -> int:
+        return len(self.representative)
+
+    @cached_property
+    def identity(self) -> bool:
+        return self.full == self.size and bool(
+            np.array_equal(self.representative, np.arange(self.full))
+        )
+
+    @cached_property
+    def counts(self) -> npt.NDArray[np.float64]:
+        """How many original nodes each slot stands for (a share of one, where a node was lifted)."""
+        raise NotImplementedError
+
+    @property
+    def even(self) -> bool:
+        """Whether plain averages over the slots are averages over the nodes."""
+        counts = self.counts
+        return bool(len(counts) == 0 or np.all(counts == counts[0]))
+
+    def before(self, position: int) -> int:
+        """How many slots belong to nodes before a position (no slot reaches across it)."""
+        return int((self.representative < position).sum())
+
+    def rows(self, weights: Floats | None) -> Reducer:
+        """For an output axis: Eq. 10's average over the members of a slot."""
+        raise NotImplementedError
+
+    def columns(self, scales: Floats | None) -> Reducer:
+        """For an input axis: Eq. 10's sum over the members of a slot."""
+        raise NotImplementedError
+
+    @property
+    def first(self) -> Reducer:
+        """For what is taken from one member as it is."""
+        return Take(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Take:
+    """Entries of the representatives."""
+
+    layout: Layout
+
+    @property
+    def full(self) -> int:
+        return self.layout.full
+
+    @property
+    def identity(self) -> bool:
+        return self.layout.identity
+
+    def apply(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
+        if self.identity:
+            return tensor
+        index = torch.from_numpy(self.layout.representative).to(tensor.device)
+        return tensor.index_select(axis, index)
+
+
+@dataclass(frozen=True, eq=False)
+class MergeLayout(Layout):
+    """Many nodes, one slot."""
+
+    @cached_property
+    def counts(self) -> npt.NDArray[np.float64]:
+        kept = self.slot[self.slot >= 0]
+        return np.bincount(kept, minlength=self.size).astype(np.float64)
+
+    def rows(self, weights: Floats | None) -> Reducer:
+        return Average(self, weights)
+
+    def columns(self, scales: Floats | None) -> Reducer:
+        return Total(self, scales)
+
+
+@dataclass(frozen=True, eq=False)
+class Average:
+    """Mean over the members of a slot, each brought to the representative's scale.
+
+    ``weights[i]`` is the factor that makes node ``i`` comparable with the others of its slot; None:
+    the members are comparable only through what follows, so the representative stands for all.
+    """
+
+    layout: MergeLayout
+    weights: Floats | None
+
+    @property
+    def full(self) -> int:
+        return self.layout.full
+
+    @property
+    def identity(self) -> bool:
+        return self.layout.identity
+
+    def apply(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
+        layout = self.layout
+        if self.identity:
+            return tensor
+        if layout.full == layout.size or self.weights is None or layout.counts.max() == 1:
+            return layout.first.apply(tensor, axis)
+        lead = self.weights[layout.representative]
+        members = layout.slot >= 0
+        slot = np.where(members, layout.slot, 0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            share = self.weights / lead[slot] / layout.counts[slot]
+        # A slot whose factors vanish or blow up is represented by its first member alone.
+        broken = np.zeros(layout.size, dtype=bool)
+        np.logical_or.at(broken, slot[members], ~np.isfinite(share[members]))
+        is_lead = np.zeros(layout.full, dtype=bool)
+        is_lead[layout.representative] = True
+        share = np.where(broken[slot], is_lead.astype(np.float64), share)
+        return merge(
+            tensor,
+            torch.from_numpy(layout.slot),
+            layout.size,
+            axis=axis,
+            weights=torch.from_numpy(share),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Total:
+    """Sum over the members of a slot, each times its factor relative to the representative."""
+
+    layout: MergeLayout
+    scales: Floats | None
+
+    @property
+    def full(self) -> int:
+        return self.layout.full
+
+    @property
+    def identity(self) -> bool:
+        return self.layout.identity
+
+    def apply(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
+        layout = self.layout
+        if self.identity:
+            return tensor
+        if layout.counts.max(initial=0) <= 1:
+            return layout.first.apply(tensor, axis)
+        scale = None
+        if self.scales is not None:
+            slot = np.maximum(layout.slot, 0)
+            ratio = np.where(
+                layout.slot >= 0, self.scales / self.scales[layout.representative][slot], 0.0
+            )
+            if np.any(ratio[layout.slot >= 0] != 1.0):
+                scale = torch.from_numpy(ratio)
+        total = collapse(tensor, torch.from_numpy(layout.slot), layout.size, axis=axis, scale=scale)
+        result = total.to(tensor.dtype)
+        # Columns of one member are kept bit for bit.
+        return result
+
+
+def merge_layout(ids: Labels, keep: npt.NDArray[np.bool_]) -> MergeLayout:
+    """The layout of a solved axis: slots in order of first appearance of a kept node."""
+    kept = np.flatnonzero(keep)
+    _, first, inverse = np.unique(ids[kept], return_index=True, return_inverse=True)
+    rank = np.argsort(np.argsort(first, kind="stable"), kind="stable")
+    slot = np.full(len(ids), -1, dtype=np.int64)
+    slot[kept] = rank[inverse.reshape(-1)]
+    return MergeLayout(slot, kept[np.sort(first)])

@@ -1,0 +1,73 @@
+"""Which nodes anybody reads: a node whose outgoing weights are all zero can be dropped."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from torch import fx
+
+from fxfib.passes.forward import Analysis
+from fxfib.passes.relations import Ref
+from fxfib.passes.rules import find_rule
+from fxfib.passes.rules.base import is_tensor, tied_inputs
+
+Mask = npt.NDArray[np.bool_]
+
+
+def live_nodes(analysis: Analysis) -> dict[Ref, Mask]:
+    """For every tracked axis, the nodes that can influence an output of the graph."""
+    live: dict[Ref, Mask] = {}
+
+    def mark(node: fx.Node, axis: int, mask: Mask | None = None) -> None:
+        ref = (node, axis)
+        size = analysis.shape(node)[axis]
+        old = live.setdefault(ref, np.zeros(size, dtype=bool))
+        live[ref] = old | (np.ones(size, dtype=bool) if mask is None else mask)
+
+    def mark_inputs(node: fx.Node) -> None:
+        for source in node.all_input_nodes:
+            if is_tensor(source):
+                for axis in analysis.value(source).tracked_axes:
+                    mark(source, axis)
+
+    for node in reversed(analysis.graph_module.graph.nodes):
+        if node.op == "output":
+            mark_inputs(node)
+        if node.op != "call_function" or analysis.is_constant(node):
+            continue
+        rule = find_rule(node)
+        # A node without relations is a barrier, or has nothing tracked: it reads everything.
+        if rule is None or node not in analysis.by_node:
+            if node.users:
+                mark_inputs(node)
+            continue
+        if rule.pointwise and not is_tensor(node):
+            continue  # the parts of a split are followed one by one
+        if rule.pointwise:
+            for axis in analysis.value(node).tracked_axes:
+                alive = live.get((node, axis))
+                if alive is None:
+                    alive = np.zeros(analysis.shape(node)[axis], dtype=bool)
+                for (source, place), mask in tied_inputs(analysis, node, axis, alive):
+                    if isinstance(place, int):
+                        mark(source, place, mask)
+            reached = {
+                ref
+                for axis in analysis.value(node).tracked_axes
+                for ref, _ in tied_inputs(
+                    analysis, node, axis, np.ones(analysis.shape(node)[axis], dtype=bool)
+                )
+            }
+            for source in node.all_input_nodes:
+                if is_tensor(source):
+                    for axis in analysis.value(source).tracked_axes:
+                        if (source, axis) not in reached:
+                            mark(source, axis)
+            continue
+        said = dict(rule.reads(analysis, node, live))
+        for source in node.all_input_nodes:
+            if is_tensor(source):
+                for axis in analysis.value(source).tracked_axes:
+                    mark(source, axis, said.get((source, axis)))
+    return live
+

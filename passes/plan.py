@@ -1,0 +1,126 @@
+"""The plan: layouts of every axis, decided once, before anything is rewritten."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from torch import fx
+
+from fxfib.coloring import FIRST_FREE, ZERO, Floats
+from fxfib.passes.forward import Analysis, PendingAxis, initial_layout
+from fxfib.passes.layout import Layout, MergeLayout, merge_layout
+from fxfib.passes.liveness import live_nodes
+from fxfib.passes.relations import Full, Keep, Ref, Refine
+from fxfib.passes.solve import Solver
+from fxfib.signature import Form
+
+
+@dataclass
+class Plan:
+    """What will be merged.
+
+    Attributes:
+        analysis: the coloring it rests on.
+        layouts: slots of every axis that a relation names.
+        weights: for a node, what makes its members comparable (see ``Average``); missing: nothing.
+        reasons: why an axis keeps its full width.
+    """
+
+    analysis: Analysis
+    layouts: dict[Ref, Layout]
+    weights: dict[fx.Node, Floats]
+    reasons: dict[Ref, str]
+
+    def layout(self, node: fx.Node, axis: int | str) -> Layout:
+        """Slots of an axis; every node its own where no relation names it."""
+        ref = (node, axis)
+        if ref not in self.layouts:
+            size = (
+                self.analysis.inner_sizes[ref]
+                if isinstance(axis, str)
+                else self.analysis.shape(node)[axis]
+            )
+            self.layouts[ref] = MergeLayout(np.arange(size), np.arange(size))
+        return self.layouts[ref]
+
+
+def make_plan(analysis: Analysis, round_to: int | None = None) -> Plan:
+    """Solve the relations of an analysis.
+
+    Args:
+        analysis: a finished forward coloring.
+        round_to: keep every merged width a multiple of this number where the original allows it.
+    """
+    guard_shared_parameters(analysis)
+    live = live_nodes(analysis)
+    solver = Solver(analysis.relations, lambda ref: initial_layout(analysis, live, ref))
+    solver.run(round_to)
+    layouts: dict[Ref, Layout] = {
+        ref: merge_layout(ids, solver.keep[ref]) for ref, ids in solver.ids.items()
+    }
+    return Plan(analysis, layouts, comparable(analysis), solver.reasons)
+
+
+def comparable(analysis: Analysis) -> dict[fx.Node, Floats]:
+    """For every value with one coloring, what brings its nodes to the scale of their color.
+
+    A colored node divides by its scale.  A pending one passes through exactly one op that applied a
+    gain to it (batch norm, a product with numbers), and divides by what that op's output does.
+    """
+    weights: dict[fx.Node, Floats] = {}
+    for node in reversed(analysis.graph_module.graph.nodes):
+        value = analysis.values.get(node)
+        if value is None:
+            continue
+        if value.form is None or value.factor(value.form.axis) is not None:
+            single = [f for f in value.factors if len(f.axes) == 1]
+            if len(single) == 1:
+                (factor,) = single
+                weights[node] = np.where(
+                    factor.labels < FIRST_FREE, 1.0, 1.0 / np.where(factor.scales == 0, 1.0, factor.scales)
+                )
+        elif isinstance(value.form, (Form, PendingAxis)):
+            uses = analysis.gains.get(node, [])
+            if len(uses) == 1 and uses[0][0] in weights and len(node.users) == 1:
+                consumer, gain = uses[0]
+                weights[node] = weights[consumer] * (1.0 if gain is None else gain)
+    return weights
+
+
+def guard_shared_parameters(analysis: Analysis) -> None:
+    """A parameter read by several ops gets one decision: nothing is folded into it that is not
+    the same for all of them."""
+    graph = analysis.graph_module.graph
+    for parameter in graph.find_nodes(op="get_attr"):
+        readers = readers_of(analysis, parameter)
+        if len(readers) < 2:
+            continue
+        kinds = {str(reader.target) for reader in readers}
+        tensors = analysis.shape(parameter)
+        if len(kinds) > 1 or any(analysis.is_constant(u) for u in parameter.users):
+            reason = f"the parameter {parameter.target} is shared by different ops"
+            analysis.relate(*(Full((parameter, axis), reason) for axis in range(len(tensors))))
+        for reader in readers:
+            for source in reader.all_input_nodes:
+                if analysis.is_constant(source):
+                    continue
+                for axis, factor in analysis.factors(source).items():
+                    analysis.relate(
+                        Refine((source, axis), factor.keyed()),
+                        Keep((source, axis), factor.constant & (factor.labels != ZERO)),
+                    )
+
+
+def readers_of(analysis: Analysis, parameter: fx.Node) -> list[fx.Node]:
+    """The ops that meet a parameter with a value of the network, through constant arithmetic."""
+    found: list[fx.Node] = []
+    pending: Iterable[fx.Node] = [parameter]
+    seen: set[fx.Node] = set()
+    while pending:
+        users = {user: None for node in pending for user in node.users if user not in seen}
+        seen |= set(users)
+        found += [u for u in users if not analysis.is_constant(u)]
+        pending = [u for u in users if analysis.is_constant(u)]
+    return found

@@ -1,0 +1,103 @@
+"""What an op demands of the layouts of its operands: declarative, so one solver reads them all.
+
+A *layout* of an axis says which of its nodes share one physical slot in the smaller graph, and which
+have none (constants folded into their readers, nodes that nobody reads).  A rule never decides; it
+returns relations, and :mod:`fxfib.passes.solve` finds the coarsest layouts that obey all of them.
+:func:`fxfib.lift` reads the same relations the other way round.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from torch import fx
+
+from fxfib.coloring import Labels
+
+# An axis of a value; a string names an axis that exists only inside an op (the groups of a grouped
+# convolution, say).
+Ref = tuple[fx.Node, int | str]
+
+
+@dataclass(frozen=True, eq=False)
+class Same:
+    """Two axes of equal size have equal layouts (element-wise ops, a weight and its output)."""
+
+    a: Ref
+    b: Ref
+
+    @property
+    def refs(self) -> tuple[Ref, ...]:
+        return (self.a, self.b)
+
+
+@dataclass(frozen=True, eq=False)
+class Full:
+    """Nothing may be merged or dropped on this axis."""
+
+    a: Ref
+    reason: str
+
+    @property
+    def refs(self) -> tuple[Ref, ...]:
+        return (self.a,)
+
+
+@dataclass(frozen=True, eq=False)
+class Refine:
+    """Only nodes of equal label may share a slot."""
+
+    a: Ref
+    labels: Labels
+
+    @property
+    def refs(self) -> tuple[Ref, ...]:
+        return (self.a,)
+
+
+@dataclass(frozen=True, eq=False)
+class Keep:
+    """The marked nodes need a slot of their own class (they cannot be dropped)."""
+
+    a: Ref
+    mask: npt.NDArray[np.bool_]
+
+    @property
+    def refs(self) -> tuple[Ref, ...]:
+        return (self.a,)
+
+
+@dataclass(frozen=True, eq=False)
+class Even:
+    """Every class has the same number of members, and none is dropped (a plain norm's statistics).
+
+    Only a lift needs it: a merge can always count.
+    """
+
+    a: Ref
+
+    @property
+    def refs(self) -> tuple[Ref, ...]:
+        return (self.a,)
+
+
+@dataclass(frozen=True, eq=False)
+class Move:
+    """Elements are moved, not computed: view, permute, slice, concat, shuffle, roll ...
+
+    ``index`` has the sizes of the output's axes; each entry is a position in the sources' grids,
+    laid end to end, or -1 for an element that comes from no source (padding).
+    """
+
+    out: tuple[Ref, ...]
+    sources: tuple[tuple[Ref, ...], ...]
+    index: Labels
+
+    @property
+    def refs(self) -> tuple[Ref, ...]:
+        return self.out + tuple(ref for source in self.sources for ref in source)
+
+
+Relation = Same | Full | Refine | Keep | Even | Move

@@ -1,0 +1,353 @@
+"""Rewriting: emit the graph again on the planned layouts (Eq. 10).
+
+The rewriter decides nothing.  It copies what does not change, parameters included: those keep their
+storage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from fxfib.coloring import Floats, constant_values
+from fxfib.passes.layout import Layout, Reducer
+from fxfib.passes.plan import Plan
+from fxfib.passes.rules import find_rule
+
+
+class Rewriter:
+    """Builds the new graph; the rules call back into it.
+
+    Args:
+        plan: layouts of every axis.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.analysis = plan.analysis
+        self.graph = fx.Graph()
+        self.root = nn.Module()
+        self._new: dict[fx.Node, fx.Node] = {}
+        self._attributes: dict[tuple[Any, ...], fx.Node] = {}
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._current: fx.Node | None = None
+
+    # -- what rules ask --------------------------------------------------------------------
+
+    def layout(self, node: fx.Node, axis: int | str) -> Layout:
+        """Slots of an axis of an original node."""
+        return self.plan.layout(node, axis)
+
+    def size(self, node: fx.Node, axis: int) -> int:
+        """New size of an axis of an original node."""
+        if (node, axis) in self.plan.layouts:
+            return self.plan.layouts[node, axis].size
+        return self.analysis.shape(node)[axis]
+
+    def rows(self, node: fx.Node, axis: int) -> Reducer:
+        """The average over merged output nodes."""
+        return self.layout(node, axis).rows(self.plan.weights.get(node))
+
+    def columns(self, node: fx.Node, axis: int | str) -> Reducer:
+        """The sum over merged input nodes, their factors folded in."""
+        scales: Floats | None = None
+        if isinstance(axis, int) and not self.analysis.is_constant(node):
+            factor = self.analysis.factors(node).get(axis)
+            if factor is not None:
+                scales = factor.scales
+        return self.layout(node, axis).columns(scales)
+
+    def first(self, node: fx.Node, axis: int | str) -> Reducer:
+        """The representatives' own entries."""
+        return self.layout(node, axis).first
+
+    def counts(self, node: fx.Node, axis: int, rank: int, *, total: bool = False) -> fx.Node:
+        """How much each slot counts in an average (or a sum) over an axis, as a constant."""
+        counts = self.layout(node, axis).counts
+        weights = counts if total else counts / self.analysis.shape(node)[axis]
+        shape = [1] * rank
+        shape[axis] = -1
+        dtype = node.meta["val"].dtype
+        return self.new_constant(node, weights.reshape(shape), "count", dtype=dtype)
+
+    def dropped_constants(
+        self, source: fx.Node, axis: int, weight: fx.Node, *, inputs: int
+    ) -> torch.Tensor | None:
+        """What the dropped constants on an axis of ``source`` add to a linear op's output.
+
+        ``inputs`` is the weight's input axis.  Returns float64 at the output's full width, or None.
+        """
+        factor = self.analysis.factors(source).get(axis)
+        if factor is None:
+            return None
+        slot = self.layout(source, axis).slot
+        values = np.where(slot < 0, constant_values(factor), 0.0)
+        if not values.any():
+            return None
+        tensor = self.analysis.constant(weight).to(torch.float64).movedim(inputs, 1)
+        taps = tensor.flatten(2).sum(2) if tensor.ndim > 2 else tensor
+        return taps @ torch.from_numpy(values).to(tensor.device)
+
+    # -- emitting --------------------------------------------------------------------------
+
+    def new(self, node: fx.Node) -> fx.Node:
+        """The new node of an original one; constants are copied when first asked for."""
+        if node not in self._new:
+            if node.op == "get_attr":
+                self._new[node] = self._attribute(str(node.target), self._original(node))
+            elif self.analysis.is_constant(node):
+                self._new[node] = self.graph.node_copy(node, self.new)
+            else:
+                raise AssertionError(f"{node} is used before it is written")
+        return self._new[node]
+
+    def repeat(
+        self,
+        node: fx.Node,
+        constants: Mapping[fx.Node, fx.Node] | None = None,
+        changed: Mapping[str, Any] | None = None,
+    ) -> fx.Node:
+        """The same call on the new operands.
+
+        Args:
+            constants: replacements for some operands.
+            changed: arguments by their schema names.
+        """
+        replaced = dict(constants or {})
+
+        def operand(old: fx.Node) -> fx.Node:
+            return replaced[old] if old in replaced else self.new(old)
+
+        copy = self.graph.node_copy(node, operand)
+        for name, value in (changed or {}).items():
+            value = fx.map_arg(value, lambda n: self.new(n) if n.graph is node.graph else n)
+            names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+            place = names.index(name)
+            if place < len(copy.args):
+                copy.update_arg(place, value)
+            elif name in copy.kwargs or node.target._schema.arguments[place].kwarg_only:  # type: ignore[union-attr]
+                copy.update_kwarg(name, value)
+            else:
+                bound = self.analysis.arguments(node)
+                middle = [
+                    fx.map_arg(bound[n], operand) for n in names[len(copy.args) : place]
+                ]
+                copy.args = (*copy.args, *middle, value)
+        return copy
+
+    def call(self, target: Any, args: tuple[Any, ...]) -> fx.Node:
+        """A new call on new nodes."""
+        node = self.graph.call_function(target, args)
+        if self._current is not None:
+            for key in ("nn_module_stack", "stack_trace"):
+                if key in self._current.meta:
+                    node.meta[key] = self._current.meta[key]
+        return node
+
+    def constant(
+        self,
+        node: fx.Node,
+        axes: Mapping[int, Reducer],
+        *,
+        plus: torch.Tensor | None = None,
+    ) -> fx.Node:
+        """A constant operand with some axes mapped to their slots.
+
+        Args:
+            node: the original operand.
+            axes: what happens along each axis.
+            plus: float64 tensor of the original shape, added first (folded constants).
+        """
+        active = {a: r for a, r in axes.items() if not r.identity}
+        if not active and plus is None:
+            return self.new(node)
+        original = self.analysis.constant(node)
+        tensor = original
+        if plus is not None:
+            tensor = (tensor.to(torch.float64) + plus.to(tensor.device)).to(tensor.dtype)
+        for axis, reducer in active.items():
+            tensor = reducer.apply(tensor, axis)
+        sources = [node] if node.op == "get_attr" else _leaves(node)
+        named = [s for s in sources if s.op == "get_attr"]
+        name = str(named[0].target) if named else f"{node.name}_constant"
+        if node.op != "get_attr":
+            name = f"{name}_of_{node.name}"
+        trainable = any(self._original(s).requires_grad for s in named)
+        return self._attribute(name, tensor, requires_grad=trainable, like=named)
+
+    def new_constant(
+        self,
+        node: fx.Node,
+        value: Any,
+        suffix: str,
+        dtype: torch.dtype | None = None,
+    ) -> fx.Node:
+        """A constant that the original did not have.
+
+        A ``bias`` next to a weight takes the weight's module path; anything else is a buffer.
+        """
+        tensor = torch.as_tensor(np.asarray(value) if not isinstance(value, torch.Tensor) else value)
+        like = [n for n in ([node] if node.op == "get_attr" else _leaves(node)) if n.op == "get_attr"]
+        if suffix == "bias" and node.op == "get_attr":
+            original = self._original(node)
+            prefix = str(node.target).rpartition(".")[0]
+            name = f"{prefix}.bias" if prefix else "bias"
+            tensor = tensor.to(original.dtype).to(original.device)
+            return self._attribute(name, tensor, requires_grad=original.requires_grad, like=like)
+        device = next(
+            (t.device for t in [*self.analysis.graph_module.parameters()]), torch.device("cpu")
+        )
+        tensor = tensor.to(dtype or tensor.dtype).to(device)
+        return self._attribute(f"_fxfib_{node.name}_{suffix}", tensor)
+
+    def shape_arguments(self, node: fx.Node) -> list[Any]:
+        """New sizes of an original node as arguments of a view: numbers, or nodes where dynamic."""
+        result: list[Any] = []
+        for axis in range(len(self.analysis.shape(node))):
+            if self.analysis.dynamic(node, axis):
+                result.append(self.call(torch.ops.aten.sym_size.int, (self.new(node), axis)))
+            else:
+                result.append(self.size(node, axis))
+        return result
+
+    def _original(self, node: fx.Node) -> torch.Tensor:
+        result: Any = self.analysis.graph_module
+        for part in str(node.target).split("."):
+            result = getattr(result, part)
+        return result  # type: ignore[no-any-return]
+
+    def _attribute(
+        self,
+        name: str,
+        tensor: torch.Tensor,
+        requires_grad: bool = False,
+        like: list[fx.Node] | None = None,
+    ) -> fx.Node:
+        """A ``get_attr`` of a tensor; equal tensors of one name are one attribute."""
+        original = isinstance(tensor, nn.Parameter) or name in dict(self._buffers())
+        base, number = name, 1
+        while name in self._tensors and not _same(self._tensors[name], tensor):
+            number += 1
+            name = f"{base}_{number}"
+        key = (name,)
+        if key not in self._attributes:
+            is_parameter = isinstance(tensor, nn.Parameter) or any(
+                isinstance(self._original(n), nn.Parameter) for n in like or []
+            )
+            if is_parameter and not isinstance(tensor, nn.Parameter):
+                if tensor.dtype.is_floating_point:
+                    tensor = nn.Parameter(tensor, requires_grad=requires_grad)
+            _place(self.root, name, tensor, persistent=self._persistent(base, original))
+            self._tensors[name] = tensor
+            self._attributes[key] = self.graph.get_attr(name)
+        return self._attributes[key]
+
+    def _buffers(self) -> list[tuple[str, torch.Tensor]]:
+        if not hasattr(self, "_buffer_list"):
+            self._buffer_list = list(self.analysis.graph_module.named_buffers())
+        return self._buffer_list
+
+    def _persistent(self, name: str, original: bool) -> bool:
+        if not original:
+            return True
+        owner: Any = self.analysis.graph_module
+        *path, leaf = name.split(".")
+        for part in path:
+            owner = getattr(owner, part)
+        return leaf not in owner._non_persistent_buffers_set
+
+    # -- the walk --------------------------------------------------------------------------
+
+    def run(self) -> fx.GraphModule:
+        """Emit every node in order; values carry fake tensors of their new shapes."""
+        graph_module = self.analysis.graph_module
+        for node in graph_module.graph.nodes:
+            self._current = node
+            if node.op == "placeholder":
+                self._new[node] = self.graph.node_copy(node)
+            elif node.op == "output":
+                # An output may be a parameter itself.
+                self.graph.node_copy(node, self.new)
+            elif node.op == "call_function" and not self.analysis.is_constant(node):
+                rule = find_rule(node) if node not in self.analysis.barriers else None
+                touched = rule is not None and node in self.analysis.by_node
+                self._new[node] = rule.rewrite(self, node) if touched and rule else self.repeat(node)
+        for name, tensor in self._counters():
+            _place(self.root, name, tensor, persistent=True)
+        result = fx.GraphModule(self.root, self.graph)
+        result.graph.eliminate_dead_code()
+        propagate(result, graph_module)
+        return result
+
+    def _counters(self) -> list[tuple[str, torch.Tensor]]:
+        """Batch norm's counters are read by no node and still part of the state."""
+        kept = {name.rpartition(".")[0] for name in self._tensors}
+        return [
+            (name, tensor)
+            for name, tensor in self._buffers()
+            if name.endswith("num_batches_tracked") and name.rpartition(".")[0] in kept
+        ]
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a is b or (a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b)))
+
+
+def _leaves(node: fx.Node) -> list[fx.Node]:
+    found: dict[fx.Node, None] = {}
+    pending = list(node.all_input_nodes)
+    while pending:
+        source = pending.pop()
+        if source.op == "get_attr":
+            found[source] = None
+        pending += source.all_input_nodes
+    return list(found)
+
+
+def _place(root: nn.Module, name: str, tensor: torch.Tensor, *, persistent: bool) -> None:
+    *path, leaf = name.split(".")
+    owner = root
+    for part in path:
+        if not hasattr(owner, part):
+            owner.add_module(part, nn.Module())
+        owner = getattr(owner, part)
+    if isinstance(tensor, nn.Parameter):
+        owner.register_parameter(leaf, tensor)
+    else:
+        owner.register_buffer(leaf, tensor, persistent=persistent)
+
+
+def propagate(result: fx.GraphModule, original: fx.GraphModule) -> None:
+    """Run the new graph on fake tensors and record every value's shape."""
+    from torch._guards import detect_fake_mode
+
+    placeholders = [
+        n.meta["val"] for n in original.graph.nodes if n.op == "placeholder" and "val" in n.meta
+    ]
+    mode = detect_fake_mode([v for v in placeholders if isinstance(v, FakeTensor)])
+    if mode is None:
+        raise AssertionError("a captured graph carries fake tensors")
+    fakes: dict[int, Any] = {}
+
+    class Propagate(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            n.meta["val"] = value
+            return value
+
+        def fetch_attr(self, target: str) -> Any:
+            tensor = super().fetch_attr(target)
+            if isinstance(tensor, torch.Tensor):
+                if id(tensor) not in fakes:
+                    fakes[id(tensor)] = mode.from_tensor(tensor, static_shapes=True)
+                return fakes[id(tensor)]
+            return tensor
+
+    with mode, torch.no_grad():
+        Propagate(result).run(*placeholders)
+

@@ -1,0 +1,189 @@
+"""What a rule is: everything fxfib knows about one op, in one class.
+
+To add an op, derive from :class:`Rule` (or from one of the families, which is usually enough), name
+its ATen ``targets``, and give ``forward``, ``rewrite`` and ``examples``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import fx, nn
+
+from fxfib.coloring import Value, opened
+from fxfib.passes.relations import Move, Ref, Same
+
+if TYPE_CHECKING:
+    from fxfib.passes.forward import Analysis
+    from fxfib.passes.rewrite import Rewriter
+
+Mask = npt.NDArray[np.bool_]
+Example = tuple[nn.Module, tuple[Any, ...]]
+
+
+def overloads(*names: str) -> tuple[Any, ...]:
+    """Every functional overload of the named ATen ops that this version of PyTorch has."""
+    found = []
+    for name in names:
+        packet = getattr(torch.ops.aten, name, None)
+        if packet is None:
+            continue
+        for overload in packet.overloads():
+            op = getattr(packet, overload)
+            if not op._schema.is_mutable and "out" not in overload.split("_"):
+                found.append(op)
+    return tuple(found)
+
+
+class Barrier(Exception):
+    """Raised by a rule that cannot follow this use of its op; becomes a refusal."""
+
+    def __init__(self, reason: str, remedy: str = "write a rule for this use of the op") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.remedy = remedy
+
+
+def is_tensor(node: object) -> bool:
+    """Whether an argument is a node that carries one tensor."""
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def hint(size: int | torch.SymInt) -> int:
+    """The example's size of a dimension."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+class Rule:
+    """One op (or a family of ops that behave alike)."""
+
+    targets: ClassVar[tuple[Any, ...]] = ()
+    #: Node by node: an output node reads exactly the input nodes that ``Same`` and ``Move`` tie it to.
+    pointwise: ClassVar[bool] = False
+
+    def forward(self, analysis: Analysis, node: fx.Node) -> Value:
+        """Colors of the output from the colors of the inputs, and the layouts that must agree.
+
+        Returns what is known of the output; records :mod:`fxfib.passes.relations` with
+        ``analysis.relate``.  Raises :class:`fxfib.passes.forward.Barrier` for a use of the op that
+        the rule does not cover.
+        """
+        raise NotImplementedError
+
+    def reads(
+        self, analysis: Analysis, node: fx.Node, live: Mapping[Ref, Mask]
+    ) -> Iterator[tuple[Ref, Mask]]:
+        """Which input nodes matter, given which output nodes do, where that is not all of them.
+
+        Only linear ops say more than "all": a column of zeros is never read.
+        """
+        return iter(())
+
+    def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
+        """Emit the op on the smaller operands; the default repeats the call."""
+        return rewriter.repeat(node)
+
+    def examples(self) -> Iterable[Example]:
+        """Small modules with inputs in which this op decides what may merge."""
+        return ()
+
+
+_RULES: dict[Any, Rule] = {}
+
+
+def register(rule: type[Rule]) -> type[Rule]:
+    """Class decorator: make a rule known under its targets."""
+    instance = rule()
+    for target in rule.targets:
+        if target in _RULES:
+            raise AssertionError(f"two rules for {target}")
+        _RULES[target] = instance
+    return rule
+
+
+def find_rule(node: fx.Node) -> Rule | None:
+    """The rule of a node's op, or None (a barrier)."""
+    return _RULES.get(node.target) if node.op == "call_function" else None
+
+
+def all_rules() -> dict[Any, Rule]:
+    """Every registered rule by target."""
+    return dict(_RULES)
+
+
+class PerChannel(Rule):
+    """Ops that treat every channel alike and by itself: pooling, resizing, softmax over space.
+
+    Nodes of equal color stay equal.  Subclasses say which axes are mixed, whether the op is
+    positively homogeneous (scales pass) and whether a constant channel stays that constant.
+    """
+
+    pointwise = True
+    homogeneous: ClassVar[bool] = False
+
+    def source(self, node: fx.Node) -> fx.Node:
+        return node.args[0]  # type: ignore[return-value]
+
+    def mixed_axes(self, analysis: Analysis, node: fx.Node) -> tuple[int, ...]:
+        """Axes of the input along which the op is not node by node."""
+        raise NotImplementedError
+
+    def keeps_constants(self, analysis: Analysis, node: fx.Node) -> bool:
+        return False
+
+    def forward(self, analysis: Analysis, node: fx.Node) -> Value:
+        return self.colored(analysis, node, node)
+
+    def colored(self, analysis: Analysis, node: fx.Node, out: fx.Node) -> Value:
+        """The value of ``out``: the node itself, or the item that takes its first output."""
+        source = self.source(node)
+        value = analysis.color(source)
+        mixed = {axis % max(value.ndim, 1) for axis in self.mixed_axes(analysis, node)}
+        touched = {a for f in value.factors for a in f.axes if mixed & set(f.axes)}
+        analysis.full(source, sorted(touched), f"{node.target} works along this axis")
+        constants = self.keeps_constants(analysis, node)
+        factors = []
+        for factor in value.factors:
+            if set(factor.axes) & mixed:
+                continue
+            space = (str(node.target), node.name, factor.space)
+            factor = opened(factor, scales=self.homogeneous, constants=constants, space=space)
+            for axis in factor.axes:
+                analysis.relate(Same((out, axis), (source, axis)))
+            factors.append(factor)
+        return Value(analysis.shape(out), tuple(factors))
+
+
+def tied_inputs(
+    analysis: Analysis, node: fx.Node, axis: int, live: Mask
+) -> Iterator[tuple[Ref, Mask]]:
+    """Follow the ``Same`` and ``Move`` relations of one node from its output to its inputs."""
+    for relation in analysis.by_node.get(node, ()):
+        if isinstance(relation, Same) and relation.a == (node, axis):
+            yield relation.b, live
+        elif isinstance(relation, Move) and (node, axis) in relation.out:
+            place = relation.out.index((node, axis))
+            shape = [1] * relation.index.ndim
+            shape[place] = -1
+            chosen = np.broadcast_to(live.reshape(shape), relation.index.shape)
+            reached = np.unique(relation.index[chosen & (relation.index >= 0)])
+            yield from _reached(analysis, relation, reached)
+
+
+def _reached(
+    analysis: Analysis, move: Move, positions: npt.NDArray[np.int64]
+) -> Iterator[tuple[Ref, Mask]]:
+    start = 0
+    for source in move.sources:
+        shape = tuple(analysis.shape(node)[axis] for node, axis in source)  # type: ignore[index]
+        size = int(np.prod(shape))
+        inside = positions[(positions >= start) & (positions < start + size)] - start
+        start += size
+        for ref, coordinate in zip(source, np.unravel_index(inside, shape), strict=True):
+            mask = np.zeros(analysis.shape(ref[0])[ref[1]], dtype=bool)  # type: ignore[index]
+            mask[coordinate] = True
+            yield ref, mask

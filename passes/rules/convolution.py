@@ -1,0 +1,230 @@
+"""Convolutions: channels are the nodes, kernel positions are kept apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from fxfib.coloring import ONE, Factor, Value, unique_rows
+from fxfib.passes.relations import Full, Keep, Move, Ref, Refine, Same
+from fxfib.passes.rules.base import Barrier, Mask, Rule, overloads, register
+from fxfib.signature import Form, collapse_columns
+
+if TYPE_CHECKING:
+    from fxfib.passes.forward import Analysis
+    from fxfib.passes.rewrite import Rewriter
+
+
+def grid_of(axis: Ref, groups: Ref, inside: Ref, sizes: tuple[int, int]) -> Move:
+    """A channel axis as the grid (group, channel in group): its layout must be a product."""
+    index = np.arange(sizes[0] * sizes[1])
+    return Move((axis,), ((groups, inside),), index)
+
+
+@register
+class Convolution(Rule):
+    """``conv1d/2d/3d`` and their transposed forms, with groups, depthwise included."""
+
+    targets = overloads(
+        *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+        "convolution",
+    )
+
+    @staticmethod
+    def transposed(analysis: Analysis, node: fx.Node) -> bool:
+        return "transpose" in str(node.target) or bool(
+            analysis.arguments(node).get("transposed", False)
+        )
+
+    @staticmethod
+    def borders(analysis: Analysis, node: fx.Node) -> bool:
+        """Whether some output position sees fewer kernel positions than another."""
+        padding = analysis.arguments(node)["padding"]
+        if isinstance(padding, str):
+            return padding != "valid"
+        pads = padding if isinstance(padding, (list, tuple)) else [padding]
+        return any(p != 0 for p in pads)
+
+    def weight_of(self, analysis: Analysis, node: fx.Node) -> tuple[torch.Tensor, int]:
+        """The weight as ``[groups, out / groups, in / groups, *kernel]`` and the groups."""
+        bound = analysis.arguments(node)
+        weight, groups = analysis.constant(bound["weight"]), bound["groups"]
+        if self.transposed(analysis, node):
+            split = weight.reshape(groups, -1, *weight.shape[1:])
+            return split.transpose(1, 2), groups
+        return weight.reshape(groups, -1, *weight.shape[1:]), groups
+
+    def forward(self, analysis: Analysis, node: fx.Node) -> Value:
+        bound = analysis.arguments(node)
+        source, weight, bias = bound["input"], bound["weight"], bound["bias"]
+        if analysis.is_constant(source) or not analysis.is_constant(weight):
+            raise Barrier("its weight is computed from the input", "nothing: it is not a parameter")
+        if bias is not None and not analysis.is_constant(bias):
+            raise Barrier("its bias is computed from the input", "nothing: it is not a parameter")
+        tensor, groups = self.weight_of(analysis, node)
+        transposed = self.transposed(analysis, node)
+        axis = len(analysis.shape(source)) - (tensor.ndim - 2)
+        spatial = [a for a in range(len(analysis.shape(source))) if a != axis]
+        analysis.full(source, spatial, "a convolution mixes this axis")
+        factor = analysis.factor(source, axis)
+        offset_constants = not transposed and not self.borders(analysis, node)
+        form = self.form(analysis, node, tensor, factor, axis, offset_constants)
+        if bias is not None:
+            form = form.shifted(
+                analysis.constant(bias).to(torch.float64).numpy(), analysis.roundoff
+            )
+            analysis.relate(Same((node, axis), (bias, 0)))
+        if factor is not None and not offset_constants:
+            analysis.relate(Keep((source, axis), factor.labels == ONE))
+        self.relate(analysis, node, source, weight, axis, tensor, transposed)
+        return Value(analysis.shape(node), (), form)
+
+    def relate(
+        self,
+        analysis: Analysis,
+        node: fx.Node,
+        source: fx.Node,
+        weight: fx.Node,
+        axis: int,
+        tensor: torch.Tensor,
+        transposed: bool,
+    ) -> None:
+        groups, outs, ins = tensor.shape[:3]
+        out_axis, in_axis = (1, 0) if transposed else (0, 1)
+        if groups == 1:
+            analysis.relate(
+                Same((node, axis), (weight, out_axis)), Same((source, axis), (weight, in_axis))
+            )
+            return
+        group = analysis.inner(node, "groups", groups)
+        out = analysis.inner(node, "out", outs)
+        inside = analysis.inner(node, "in", ins)
+        analysis.relate(
+            grid_of((node, axis), group, out, (groups, outs)),
+            grid_of((source, axis), group, inside, (groups, ins)),
+        )
+        factor = analysis.factor(source, axis)
+        if factor is not None:
+            # A grouped weight has one column for many inputs: no factors or constants to fold in.
+            analysis.relate(
+                Refine((source, axis), factor.keyed()),
+                Keep((source, axis), factor.labels == ONE),
+            )
+        if transposed and ins > 1:
+            analysis.relate(Full(group, "the groups of a transposed convolution are kept"))
+        if transposed:
+            analysis.relate(Same((source, axis), (weight, 0)), Same(out, (weight, 1)))
+        else:
+            analysis.relate(Same((node, axis), (weight, 0)), Same(inside, (weight, 1)))
+
+    def form(
+        self,
+        analysis: Analysis,
+        node: fx.Node,
+        tensor: torch.Tensor,
+        factor: Factor | None,
+        axis: int,
+        offset_constants: bool,
+    ) -> Form:
+        """Rows of the collapsed weight; groups are a block-diagonal weight."""
+        groups, outs, ins = tensor.shape[:3]
+        space = ("convolution", node.name)
+        if groups == 1:
+            rows, bound, offset, offset_bound, _ = collapse_columns(
+                tensor[0], factor, offset_constants=offset_constants, roundoff=analysis.roundoff
+            )
+            return Form(axis, rows, offset, bound, offset_bound, None, space)
+        pieces = []
+        for group in range(groups):
+            part = None
+            if factor is not None:
+                chosen = slice(group * ins, (group + 1) * ins)
+                part = Factor((0,), factor.labels[chosen], factor.scales[chosen], None)
+            piece = collapse_columns(
+                tensor[group], part, offset_constants=offset_constants, roundoff=analysis.roundoff
+            )
+            colors = piece[4]
+            if colors is None:
+                own = factor.labels[chosen] if factor is not None else np.arange(
+                    group * ins, (group + 1) * ins
+                )
+                colors = own
+            pieces.append((*piece[:4], colors))
+        return self.assemble(axis, pieces, outs, space)
+
+    @staticmethod
+    def assemble(axis: int, pieces: list[Any], outs: int, space: Any) -> Form:
+        """One table for all groups: nodes of two groups compare if these read the same colors."""
+        widest = max(len(p[4]) for p in pieces)
+        taps = max((p[0].shape[1] // max(len(p[4]), 1) for p in pieces), default=1)
+        any_bound = any(p[1] is not None for p in pieces)
+        dtype = torch.float64 if any(p[0].dtype == torch.float64 for p in pieces) else pieces[0][0].dtype
+        rows = torch.zeros(len(pieces) * outs, widest * taps, dtype=dtype)
+        bound = torch.zeros(rows.shape, dtype=torch.float64) if any_bound else None
+        reads = np.full((len(pieces), widest), -1, dtype=np.int64)
+        for group, (piece, piece_bound, _, _, colors) in enumerate(pieces):
+            order = np.argsort(colors, kind="stable")
+            reads[group, : len(colors)] = colors[order]
+            place = slice(group * outs, (group + 1) * outs)
+            shaped = piece.reshape(outs, len(colors), -1)[:, torch.from_numpy(order)]
+            rows[place, : shaped[0].numel()] = shaped.reshape(outs, -1).to(dtype)
+            if bound is not None and piece_bound is not None:
+                ordered = piece_bound.reshape(outs, len(colors), -1)[:, torch.from_numpy(order)]
+                bound[place, : shaped[0].numel()] = ordered.reshape(outs, -1)
+        match = np.repeat(unique_rows(*reads.T) if widest else np.zeros(len(pieces), np.int64), outs)
+        offset = np.concatenate([p[2] for p in pieces])
+        return Form(
+            axis, rows, offset, bound, np.concatenate([p[3] for p in pieces]), match, space
+        )
+
+    def reads(
+        self, analysis: Analysis, node: fx.Node, live: Mapping[Ref, Mask]
+    ) -> Iterator[tuple[Ref, Mask]]:
+        bound = analysis.arguments(node)
+        tensor, groups = self.weight_of(analysis, node)
+        axis = len(analysis.shape(bound["input"])) - (tensor.ndim - 2)
+        alive = live.get((node, axis))
+        used = (tensor != 0).flatten(3).any(3)
+        if alive is not None:
+            used = used & torch.from_numpy(alive).reshape(groups, -1, 1)
+        yield (bound["input"], axis), used.any(1).reshape(-1).numpy()
+
+    def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
+        analysis = rewriter.analysis
+        bound = analysis.arguments(node)
+        source, weight, bias, groups = (
+            bound["input"], bound["weight"], bound["bias"], bound["groups"]
+        )  # fmt: skip
+        axis = len(analysis.shape(source)) - (len(analysis.shape(weight)) - 1)
+        transposed = self.transposed(analysis, node)
+        rows = rewriter.rows(node, axis)
+        if groups == 1:
+            columns = rewriter.columns(source, axis)
+            axes = {1: rows, 0: columns} if transposed else {0: rows, 1: columns}
+        elif not transposed:
+            axes = {0: rows, 1: rewriter.columns(node, "in")}
+        elif analysis.shape(weight)[0] == groups:
+            axes = {0: rewriter.first(source, axis), 1: rewriter.first(node, "out")}
+        else:
+            axes = {0: rewriter.columns(source, axis), 1: rewriter.first(node, "out")}
+        reduced = {weight: rewriter.constant(weight, axes)}
+        extra = None
+        if groups == 1:
+            extra = rewriter.dropped_constants(source, axis, weight, inputs=0 if transposed else 1)
+        if bias is not None:
+            reduced[bias] = rewriter.constant(bias, {0: rows}, plus=extra)
+        changed: dict[str, Any] = {}
+        if groups > 1:
+            changed["groups"] = rewriter.layout(node, "groups").size
+        if bias is None and extra is not None:
+            changed["bias"] = rewriter.new_constant(weight, rows.apply(extra, 0), "bias")
+        return rewriter.repeat(node, constants=reduced, changed=changed)
+
+    def examples(self) -> Iterable[Any]:
+        from fxfib.passes.rules import examples
+
+        return examples.convolution()

@@ -1,0 +1,192 @@
+"""Linear layers: where rows are colored and columns are summed (Eq. 3 and Eq. 10)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from fxfib.coloring import Factor, Value, opened
+from fxfib.passes.relations import Full, Ref, Same
+from fxfib.passes.rules.base import Barrier, Mask, Rule, overloads, register
+from fxfib.signature import Form, collapse_columns
+
+if TYPE_CHECKING:
+    from fxfib.passes.forward import Analysis
+    from fxfib.passes.rewrite import Rewriter
+
+aten = torch.ops.aten
+
+
+def passed_factors(
+    analysis: Analysis, source: fx.Node, node: fx.Node, contracted: int, *, offset: bool
+) -> tuple[Factor, ...]:
+    """Colorings of the axes that a linear op leaves alone.
+
+    The same map is applied at every position, so equal positions stay equal; scales pass only
+    where there is no offset, and a constant position is constant no longer.
+    """
+    factors = []
+    for axis, factor in analysis.factors(source).items():
+        if axis == contracted:
+            continue
+        space = (str(node.target), node.name, factor.space)
+        factors.append(opened(factor, scales=not offset, constants=False, space=space))
+        analysis.relate(Same((node, axis), (source, axis)))
+    return tuple(factors)
+
+
+class LinearMap(Rule):
+    """``y = x W^T + b`` on the last axis, however the op spells it."""
+
+    def operands(
+        self, analysis: Analysis, node: fx.Node
+    ) -> tuple[fx.Node, fx.Node, fx.Node | None, int]:
+        """Input, weight, bias and the weight's output axis (0 or 1)."""
+        raise NotImplementedError
+
+    def forward(self, analysis: Analysis, node: fx.Node) -> Value:
+        source, weight, bias, out = self.operands(analysis, node)
+        if analysis.is_constant(source) or not analysis.is_constant(weight):
+            raise Barrier("its weight is computed from the input", "nothing: it is not a parameter")
+        if bias is not None and not analysis.is_constant(bias):
+            raise Barrier("its bias is computed from the input", "nothing: it is not a parameter")
+        tensor = analysis.constant(weight)
+        if tensor.ndim != 2 or not tensor.dtype.is_floating_point:
+            raise Barrier("its weight is not a matrix of floating-point numbers")
+        last = len(analysis.shape(source)) - 1
+        axis = len(analysis.shape(node)) - 1
+        matrix = tensor if out == 0 else tensor.t()
+        factor = analysis.factor(source, last)
+        rows, bound, offset, offset_bound, columns = collapse_columns(
+            matrix, factor, offset_constants=True, roundoff=analysis.roundoff
+        )
+        form = Form(axis, rows, offset, bound, offset_bound, None, ("linear", node.name))
+        if bias is not None:
+            values = np.broadcast_to(
+                analysis.constant(bias).to(torch.float64).numpy(), (len(offset),)
+            )
+            form = form.shifted(values, analysis.roundoff)
+            if analysis.shape(bias) == (len(offset),):
+                analysis.relate(Same((node, axis), (bias, 0)))
+            else:
+                analysis.full(bias, None, "it is broadcast as a bias")
+        analysis.relate(Same((node, axis), (weight, out)), Same((source, last), (weight, 1 - out)))
+        others = passed_factors(analysis, source, node, last, offset=bool(form.offset.any()))
+        return Value(analysis.shape(node), others, form)
+
+    def reads(
+        self, analysis: Analysis, node: fx.Node, live: Mapping[Ref, Mask]
+    ) -> Iterator[tuple[Ref, Mask]]:
+        source, weight, _, out = self.operands(analysis, node)
+        tensor = analysis.constant(weight)
+        matrix = tensor if out == 0 else tensor.t()
+        alive = live.get((node, len(analysis.shape(node)) - 1))
+        used = matrix if alive is None or alive.all() else matrix[torch.from_numpy(alive)]
+        yield (source, len(analysis.shape(source)) - 1), (used != 0).any(0).numpy()
+        for axis in analysis.value(source).tracked_axes:
+            if axis != len(analysis.shape(source)) - 1 and (node, axis) in live:
+                yield (source, axis), live[node, axis]
+
+    def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
+        source, weight, bias, out = self.operands(rewriter.analysis, node)
+        last = len(rewriter.analysis.shape(source)) - 1
+        axis = len(rewriter.analysis.shape(node)) - 1
+        rows, columns = rewriter.rows(node, axis), rewriter.columns(source, last)
+        reduced = {weight: rewriter.constant(weight, {out: rows, 1 - out: columns})}
+        extra = rewriter.dropped_constants(source, last, weight, inputs=1 - out)
+        if bias is not None and (extra is not None or len(rewriter.analysis.shape(bias)) == 1):
+            whole = rewriter.analysis.shape(bias) != (rows.full,)
+            reduced[bias] = rewriter.constant(bias, {} if whole else {0: rows}, plus=extra)
+            return rewriter.repeat(node, constants=reduced)
+        call = rewriter.repeat(node, constants=reduced)
+        if extra is None:
+            return call
+        offset = rewriter.new_constant(weight, rows.apply(extra, 0), "bias")
+        if node.target is aten.linear.default:
+            call.args = (*call.args[:2], offset)
+            return call
+        return rewriter.call(aten.add.Tensor, (call, offset))
+
+    def examples(self) -> Iterable[Any]:
+        from fxfib.passes.rules import examples
+
+        return examples.linear()
+
+
+@register
+class Linear(LinearMap):
+    """``aten.linear(x, W[out, in], b)``."""
+
+    targets = overloads("linear")
+
+    def operands(
+        self, analysis: Analysis, node: fx.Node
+    ) -> tuple[fx.Node, fx.Node, fx.Node | None, int]:
+        bound = analysis.arguments(node)
+        return bound["input"], bound["weight"], bound["bias"], 0
+
+
+@register
+class MatrixProduct(LinearMap):
+    """``x @ W[in, out]`` with a parameter on the right."""
+
+    targets = overloads("matmul", "mm")
+
+    def operands(
+        self, analysis: Analysis, node: fx.Node
+    ) -> tuple[fx.Node, fx.Node, fx.Node | None, int]:
+        source, weight = node.args
+        assert isinstance(source, fx.Node) and isinstance(weight, fx.Node)
+        return source, weight, None, 1
+
+
+@register
+class AddMatrixProduct(LinearMap):
+    """``addmm(b, x, W[in, out])``."""
+
+    targets = overloads("addmm")
+
+    def operands(
+        self, analysis: Analysis, node: fx.Node
+    ) -> tuple[fx.Node, fx.Node, fx.Node | None, int]:
+        bound = analysis.arguments(node)
+        if bound.get("beta", 1) != 1 or bound.get("alpha", 1) != 1:
+            raise Barrier("alpha or beta is not 1", "use a plain linear layer")
+        return bound["mat1"], bound["mat2"], bound["self"], 1
+
+
+@register
+class Embedding(Rule):
+    """Rows of a table: the nodes are its columns."""
+
+    targets = overloads("embedding")
+
+    def forward(self, analysis: Analysis, node: fx.Node) -> Value:
+        table, indices = node.args[:2]
+        assert isinstance(table, fx.Node) and isinstance(indices, fx.Node)
+        if not analysis.is_constant(table):
+            raise Barrier("its table is computed from the input")
+        analysis.full(indices, None, "it is an index")
+        axis = len(analysis.shape(node)) - 1
+        rows = analysis.constant(table).t()
+        zero = np.zeros(rows.shape[0])
+        analysis.relate(
+            Same((node, axis), (table, 1)), Full((table, 0), "an embedding's rows are its inputs")
+        )
+        form = Form(axis, rows, zero, None, zero, None, ("embedding", table.name, indices.name))
+        return Value(analysis.shape(node), (), form)
+
+    def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
+        table = node.args[0]
+        assert isinstance(table, fx.Node)
+        rows = rewriter.rows(node, len(rewriter.analysis.shape(node)) - 1)
+        return rewriter.repeat(node, constants={table: rewriter.constant(table, {1: rows})})
+
+    def examples(self) -> Iterable[Any]:
+        from fxfib.passes.rules import examples
+
+        return examples.embedding()

@@ -1,0 +1,201 @@
+"""The coarsest layouts that obey every relation: a fixed point of refinement.
+
+Each axis starts with its semantic coloring (an axis that nobody has colored yet, one class) and is
+only ever refined, so the result is unique and does not depend on the order of the relations.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from fxfib.coloring import Labels, first_appearance, project, unique_rows
+from fxfib.passes.relations import Even, Full, Keep, Move, Ref, Refine, Relation, Same
+
+Mask = npt.NDArray[np.bool_]
+
+
+class Solver:
+    """Partitions and kept nodes of every axis that a relation names.
+
+    Args:
+        relations: what must hold.
+        initial: gives, for an axis, its size, its starting labels and its starting ``keep`` mask.
+    """
+
+    def __init__(
+        self,
+        relations: Iterable[Relation],
+        initial: Callable[[Ref], tuple[Labels, Mask]],
+    ) -> None:
+        self.relations = [r for r in relations if not isinstance(r, Even)]
+        self.ids: dict[Ref, Labels] = {}
+        self.keep: dict[Ref, Mask] = {}
+        self.reasons: dict[Ref, str] = {}
+        self._of: dict[Ref, list[Relation]] = {}
+        self._occurrence: dict[int, Labels] = {}
+        for relation in self.relations:
+            for ref in relation.refs:
+                if ref not in self.ids:
+                    labels, keep = initial(ref)
+                    self.ids[ref] = first_appearance(labels)
+                    self.keep[ref] = keep.copy()
+                self._of.setdefault(ref, []).append(relation)
+
+    def run(self, round_to: int | None = None) -> None:
+        """Refine until nothing changes; then make every axis non-empty and round the widths up."""
+        self._settle(self.relations)
+        while True:
+            emptied = [ref for ref, keep in self.keep.items() if len(keep) and not keep.any()]
+            if not emptied:
+                break
+            self._keep(emptied[0], np.arange(len(self.keep[emptied[0]])) == 0, queue := deque())
+            self._settle(queue)
+        if round_to is not None and round_to > 1:
+            self._round(round_to)
+
+    def _settle(self, work: Iterable[Relation]) -> None:
+        queue: deque[Relation] = deque(work)
+        waiting = {id(r) for r in queue}
+        while queue:
+            relation = queue.popleft()
+            waiting.discard(id(relation))
+            touched: deque[Relation] = deque()
+            self._apply(relation, touched)
+            for other in touched:
+                if id(other) not in waiting and (
+                    other is not relation or isinstance(relation, Move)
+                ):
+                    waiting.add(id(other))
+                    queue.append(other)
+
+    def _apply(self, relation: Relation, queue: deque[Relation]) -> None:
+        match relation:
+            case Same(a, b):
+                if len(self.ids[a]) != len(self.ids[b]):
+                    raise AssertionError(f"axes of different size: {a}, {b}")
+                joint = self._meet(self.ids[a], self.ids[b])
+                keep = self.keep[a] | self.keep[b]
+                for ref in (a, b):
+                    self._set(ref, joint, queue)
+                    self._keep(ref, keep, queue)
+            case Full(a, reason):
+                self.reasons.setdefault(a, reason)
+                self._set(a, np.arange(len(self.ids[a])), queue)
+                self._keep(a, np.ones(len(self.ids[a]), dtype=bool), queue)
+            case Refine(a, labels):
+                self._set(a, self._meet(self.ids[a], labels), queue)
+            case Keep(a, mask):
+                self._keep(a, self.keep[a] | mask, queue)
+            case Move():
+                self._move(relation, queue)
+
+    @staticmethod
+    def _meet(a: Labels, b: Labels) -> Labels:
+        return a if np.array_equal(a, b) else unique_rows(a, b)
+
+    def _set(self, ref: Ref, labels: Labels, queue: deque[Relation]) -> None:
+        old = self.ids[ref]
+        if labels.max(initial=-1) != old.max(initial=-1):
+            # A refinement of a numbering by first appearance has more classes or is the same.
+            self.ids[ref] = first_appearance(labels)
+            queue.extend(self._of[ref])
+
+    def _keep(self, ref: Ref, mask: Mask, queue: deque[Relation]) -> None:
+        if np.any(mask & ~self.keep[ref]):
+            self.keep[ref] = self.keep[ref] | mask
+            queue.extend(self._of[ref])
+
+    def _grid(self, refs: tuple[Ref, ...]) -> tuple[Labels, Mask, int]:
+        """Class numbers and kept elements of a product of axes, and how many numbers there are."""
+        ids = np.zeros((1,) * len(refs), dtype=np.int64)
+        keep = np.ones((1,) * len(refs), dtype=bool)
+        total = 1
+        for position, ref in enumerate(refs):
+            shape = [1] * len(refs)
+            shape[position] = -1
+            width = int(self.ids[ref].max(initial=-1)) + 1
+            ids = ids * width + self.ids[ref].reshape(shape)
+            keep = keep & self.keep[ref].reshape(shape)
+            total *= width
+        return ids, keep, total
+
+    def _move(self, move: Move, queue: deque[Relation]) -> None:
+        index = move.index
+        flat_ids, flat_keep, offset = [], [], 0
+        for source in move.sources:
+            ids, keep, total = self._grid(source)
+            flat_ids.append(ids.reshape(-1) + offset)
+            flat_keep.append(keep.reshape(-1))
+            offset += total
+        source_ids = np.concatenate([*flat_ids, np.array([offset])])
+        source_keep = np.concatenate([*flat_keep, np.array([False])])
+        occurrence = self._occurrences(move)
+        copies = int(occurrence.max(initial=0)) + 1
+        moved = source_ids[index] * copies + occurrence
+        moved_keep = source_keep[index]
+        for position, ref in enumerate(move.out):
+            others = tuple(a for a in range(index.ndim) if a != position)
+            self._set(ref, self._meet(self.ids[ref], project(moved, position)), queue)
+            self._keep(ref, moved_keep.any(axis=others) if others else moved_keep, queue)
+        out_ids, out_keep, _ = self._grid(move.out)
+        out_ids = np.broadcast_to(out_ids, index.shape)
+        out_keep = np.broadcast_to(out_keep, index.shape)
+        for copy in range(copies):
+            chosen = (occurrence == copy) & (index >= 0)
+            pulled = np.full(len(source_ids), -1, dtype=np.int64)
+            pulled_keep = np.zeros(len(source_ids), dtype=bool)
+            pulled[index[chosen]] = out_ids[chosen]
+            pulled_keep[index[chosen]] = out_keep[chosen]
+            start = 0
+            for source in move.sources:
+                shape = tuple(len(self.ids[ref]) for ref in source)
+                size = int(np.prod(shape))
+                grid = pulled[start : start + size].reshape(shape)
+                grid_keep = pulled_keep[start : start + size].reshape(shape)
+                start += size
+                for position, ref in enumerate(source):
+                    others = tuple(a for a in range(len(shape)) if a != position)
+                    self._set(ref, self._meet(self.ids[ref], project(grid, position)), queue)
+                    self._keep(ref, grid_keep.any(axis=others) if others else grid_keep, queue)
+
+    def _occurrences(self, move: Move) -> Labels:
+        """For each output element, how many earlier ones come from the same source element."""
+        key = id(move)
+        if key not in self._occurrence:
+            flat = move.index.reshape(-1)
+            order = np.argsort(flat, kind="stable")
+            ordered, place = flat[order], np.arange(len(flat))
+            starts = np.r_[True, ordered[1:] != ordered[:-1]][: len(flat)]
+            result = np.zeros(len(flat), dtype=np.int64)
+            result[order] = place - np.maximum.accumulate(np.where(starts, place, 0))
+            result[flat < 0] = 0
+            self._occurrence[key] = result.reshape(move.index.shape)
+        return self._occurrence[key]
+
+    def classes(self, ref: Ref) -> int:
+        """Slots of an axis: classes with at least one kept node."""
+        return len(np.unique(self.ids[ref][self.keep[ref]]))
+
+    def _round(self, multiple: int) -> None:
+        """Split classes (largest first, then first) until widths are multiples, where possible."""
+        for ref in list(self.ids):
+            size = len(self.ids[ref])
+            goal = min(size, -(-self.classes(ref) // multiple) * multiple)
+            while self.classes(ref) < goal:
+                ids, keep = self.ids[ref], self.keep[ref]
+                dropped = np.flatnonzero(~keep)
+                counts = np.bincount(ids[keep], minlength=int(ids.max()) + 1)
+                queue: deque[Relation] = deque()
+                if counts.max() > 1:
+                    member = np.flatnonzero((ids == counts.argmax()) & keep)[-1]
+                    split = ids.copy()
+                    split[member] = ids.max() + 1
+                    self._set(ref, split, queue)
+                else:
+                    self._set(ref, unique_rows(ids, np.arange(size) == dropped[0]), queue)
+                    self._keep(ref, np.arange(size) == dropped[0], queue)
+                self._settle(queue)
