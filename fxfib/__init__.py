@@ -5,40 +5,64 @@ at first use, so that `import fxfib` does not wait for torch.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fxfib._version import __version__
+
+if TYPE_CHECKING:  # what `__getattr__` below loads, for editors and type checkers
+    from fxfib import errors
+    from fxfib.api import color, compile
+    from fxfib.errors import (
+        CaptureError,
+        ExportError,
+        FxfibError,
+        InputError,
+        LoadError,
+        RefusedError,
+        VerifyError,
+    )
+    from fxfib.lifting import lift
+    from fxfib.onnx import export_onnx
+    from fxfib.report import Report
+    from fxfib.serialize import load, save
 
 _HOME = {
     "color": "fxfib.api",
     "compile": "fxfib.api",
     "export_onnx": "fxfib.onnx",
-    "lift": "fxfib.lift",
+    "lift": "fxfib.lifting",
     "load": "fxfib.serialize",
     "save": "fxfib.serialize",
     "Report": "fxfib.report",
 }
-_ERRORS = (
+
+__all__ = [
     "CaptureError",
     "ExportError",
     "FxfibError",
     "InputError",
     "LoadError",
     "RefusedError",
+    "Report",
     "VerifyError",
-)
-_HOME.update(dict.fromkeys(_ERRORS, "fxfib.errors"))
-
-__all__ = ["__version__", "errors", *sorted(_HOME)]
+    "__version__",
+    "color",
+    "compile",
+    "errors",
+    "export_onnx",
+    "lift",
+    "load",
+    "save",
+]
 
 
 def __getattr__(name: str) -> Any:
     """Load a public name from the module that defines it."""
     if name == "errors":
         return import_module("fxfib.errors")
-    if name not in _HOME:
+    if name not in __all__:
         raise AttributeError(f"module 'fxfib' has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
+    value = getattr(import_module(_HOME.get(name, "fxfib.errors")), name)
     globals()[name] = value  # found at once next time, and wins over a sub-module of the same name
     return value
 
