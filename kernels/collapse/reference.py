@@ -5,6 +5,8 @@ from torch import Tensor
 
 from fxfib.kernels.labels import check_factors, check_slices
 
+_BLOCK_ELEMENTS = 2**19
+
 
 def collapse(
     weight: Tensor,
@@ -18,9 +20,9 @@ def collapse(
 
     .. math:: \bar W_{ic} = \sum_{k \in c} s_k W_{ik}
 
-    The sum is taken in float64 whatever the dtype of the weight, as a balanced tree in the order of
-    the slices: the same bits for every number of threads, and a rounding error that grows with the
-    logarithm of the color's size.
+    The sum is taken in float64 whatever the dtype of the weight, as the first slice plus a balanced
+    tree of the others in their order: the same bits for every number of threads, and a rounding
+    error that grows with the logarithm of the color's size.
 
     Args:
         weight: any floating dtype, any strides, n slices along `axis`.
@@ -44,17 +46,42 @@ def collapse(
         return _scaled(weight.to(torch.float64, copy=True), scale, axis)
 
     order = torch.argsort(labels, stable=True)
-    sorted_labels = labels[order]
-    order = order[sorted_labels >= 0]
-    sorted_labels = sorted_labels[sorted_labels >= 0]
-    sums = weight.index_select(axis, order).to(torch.float64)
-    sums = _scaled(sums, None if scale is None else scale[order], axis)
-    sums, present = _tree_sum(sums, sorted_labels, axis)
-    if present.shape[0] == num_classes:
-        return sums
+    order = order[labels[order] >= 0]
     shape = list(weight.shape)
     shape[axis] = num_classes
-    return sums.new_zeros(shape).index_copy_(axis, present, sums)
+    sums = torch.zeros(shape, dtype=torch.float64, device=weight.device)
+    if weight.dim() == 1:
+        return _add_sums(sums, weight, labels, order, axis, scale)
+    # Block by block along another axis: temporaries stay small and are used again.
+    across = 1 if axis == 0 else 0
+    step = max(1, _BLOCK_ELEMENTS * weight.shape[across] // max(1, weight.numel()))
+    for start in range(0, weight.shape[across], step):
+        length = min(step, weight.shape[across] - start)
+        block = weight.narrow(across, start, length)
+        _add_sums(sums.narrow(across, start, length), block, labels, order, axis, scale)
+    return sums
+
+
+def _add_sums(
+    sums: Tensor, weight: Tensor, labels: Tensor, order: Tensor, axis: int, scale: Tensor | None
+) -> Tensor:
+    """Write the sums of one block into `sums`, which holds zeros; `order` is sorted by label."""
+    present, counts = torch.unique_consecutive(labels[order], return_counts=True)
+    starts = torch.cumsum(counts, 0) - counts
+    sums.index_copy_(axis, present, _chosen(weight, order[starts], axis, scale))
+    # Most colors have one member, so only the other members are worth a tree.
+    other = torch.ones_like(order, dtype=torch.bool)
+    other[starts] = False
+    rest = order[other]
+    if rest.numel():
+        added, targets = _tree_sum(_chosen(weight, rest, axis, scale), labels[rest], axis)
+        sums.index_add_(axis, targets, added)
+    return sums
+
+
+def _chosen(weight: Tensor, index: Tensor, axis: int, scale: Tensor | None) -> Tensor:
+    slices = weight.index_select(axis, index).to(torch.float64)
+    return _scaled(slices, None if scale is None else scale[index], axis)
 
 
 def _is_identity(labels: Tensor, num_classes: int) -> bool:

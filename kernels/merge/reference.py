@@ -7,6 +7,8 @@ from fxfib.errors import InputError
 from fxfib.kernels.collapse.reference import collapse
 from fxfib.kernels.labels import check_factors, check_slices
 
+_BLOCK_ELEMENTS = 2**19
+
 
 def merge(
     weight: Tensor,
@@ -60,16 +62,29 @@ def merge(
     several = torch.nonzero(counts > 1).squeeze(1)
     if several.numel() == 0:
         return merged
-    number = torch.full_like(counts, -1)
-    number[several] = torch.arange(several.shape[0], device=weight.device)
-    members = kept[counts[kept_labels] > 1]
-    member_labels = number[labels[members]]
-    base = merged.index_select(axis, several).to(torch.float64)
+    # A few colors at a time: the float64 temporaries stay small.
+    slice_elements = max(1, weight.numel() // labels.shape[0])
+    budget = torch.cumsum(counts[several], 0) * slice_elements // _BLOCK_ELEMENTS
+    _, sizes = torch.unique_consecutive(budget, return_counts=True)
+    for block in torch.split(several, sizes.tolist()):
+        _write_means(merged, weight, labels, counts, block, axis)
+    return merged
+
+
+def _write_means(
+    merged: Tensor, weight: Tensor, labels: Tensor, counts: Tensor, colors: Tensor, axis: int
+) -> None:
+    """Replace the first members in `merged` by means, for the given `colors` (ascending)."""
+    number = torch.full((counts.shape[0] + 1,), -1, device=weight.device)
+    number[colors] = torch.arange(colors.shape[0], device=weight.device)
+    numbers = number[labels]  # label -1 reads the last entry, which is -1 as well
+    members = torch.nonzero(numbers >= 0).squeeze(1)
+    base = merged.index_select(axis, colors).to(torch.float64)
     deviation = weight.index_select(axis, members).to(torch.float64)
-    deviation -= base.index_select(axis, member_labels)
+    deviation -= base.index_select(axis, numbers[members])
     shape = [1] * weight.dim()
-    shape[axis] = several.shape[0]
-    mean = collapse(deviation, member_labels, several.shape[0], axis=axis)
-    mean /= counts[several].reshape(shape)
+    shape[axis] = colors.shape[0]
+    mean = collapse(deviation, numbers[members], colors.shape[0], axis=axis)
+    mean /= counts[colors].reshape(shape)
     mean += base
-    return merged.index_copy_(axis, several, mean.to(weight.dtype))
+    merged.index_copy_(axis, colors, mean.to(weight.dtype))

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -190,3 +191,17 @@ def test_bad_arguments_are_refused(function, change, words):
     arguments["scale" if function is collapse else "weights"] = factors
     with pytest.raises(InputError, match=words):
         function(**arguments)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_block_sizes_do_not_matter(monkeypatch, axis):
+    generator = torch.Generator().manual_seed(7)
+    weight = torch.randn(40, 40, 2, generator=generator)
+    labels = torch.cat([torch.arange(12), torch.randint(-1, 12, (28,), generator=generator)])
+    expected = collapse(weight, labels, 12, axis=axis), merge(weight, labels, 12, axis=axis)
+    # The packages are hidden behind the functions of the same names.
+    for name in ("collapse", "merge"):
+        module = sys.modules[f"fxfib.kernels.{name}.reference"]
+        monkeypatch.setattr(module, "_BLOCK_ELEMENTS", 90)
+    assert torch.equal(collapse(weight, labels, 12, axis=axis), expected[0])
+    assert torch.equal(merge(weight, labels, 12, axis=axis), expected[1])
