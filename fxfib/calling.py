@@ -1,0 +1,427 @@
+"""How a compiled module is called: the user's own signature, nested inputs and outputs, as code.
+
+`fx.GraphModule` calls its graph with flat inputs.  Here the generated `forward` has the parameters
+of the user's `forward`, takes nested arguments apart and puts outputs together in plain Python,
+which `torch.compile`, `torch.export` and a reader all follow.  Everything is data that fits JSON.
+"""
+
+import builtins
+import collections
+import dataclasses
+import inspect
+import keyword
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
+from torch.fx.graph import CodeGen
+
+from fxfib.errors import CaptureError, InputError
+
+# A structure is nested lists: ["leaf", index], ["none"], ["tuple" | "list", children],
+# ["dict" | "OrderedDict", [[key, child], ...]],
+# ["dataclass" | "namedtuple", "module:name", [[field, child], ...]].
+Structure = list[Any]
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One parameter of `forward`; `structure` is None for one that was left at its default."""
+
+    name: str
+    keyword_only: bool
+    structure: Structure | None
+    has_default: bool
+    default: Any
+
+
+@dataclass(frozen=True)
+class Calling:
+    """Calling convention of a compiled module.
+
+    `leaves` has one entry per flattened input: `("tensor", shape)` with None for free sizes, or
+    `("constant", value)` for what export took as fixed.
+    """
+
+    arguments: tuple[Argument, ...]
+    leaves: tuple[tuple[str, Any], ...]
+    output: Structure
+
+    def to_json(self) -> dict[str, Any]:
+        """As nested dicts and lists."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Calling":
+        """The inverse of `to_json`, also after a trip through JSON; names are checked."""
+        arguments = tuple(Argument(**argument) for argument in data["arguments"])
+        for argument in arguments:
+            check_identifier(argument.name)
+            _validate(argument.structure)
+        _validate(data["output"])
+        leaves = tuple((str(kind), value) for kind, value in data["leaves"])
+        return cls(arguments, leaves, data["output"])
+
+    def flatten(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """The flat inputs of one call, in the order of the graph's placeholders."""
+        parameters = [
+            inspect.Parameter(
+                argument.name,
+                inspect.Parameter.KEYWORD_ONLY
+                if argument.keyword_only
+                else inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                default=argument.default if argument.has_default else inspect.Parameter.empty,
+            )
+            for argument in self.arguments
+        ]
+        bound = inspect.Signature(parameters).bind(*args, **kwargs)
+        bound.apply_defaults()
+        flat: dict[int, Any] = {}
+        for argument in self.arguments:
+            if argument.structure is not None:
+                _take_apart(argument.structure, bound.arguments[argument.name], flat)
+        return [flat[index] for index in sorted(flat)]
+
+    def unflatten(self, values: Sequence[Any]) -> Any:
+        """The user's output from the graph's flat one."""
+        namespace = {**class_table(self.output), "values": values, "inf": math.inf, "nan": math.nan}
+        code = _output_code(self.output, [f"values[{i}]" for i in range(len(values))])
+        return eval(code, namespace)
+
+    def check(self, leaves: Sequence[Any], others: Sequence[Any]) -> None:
+        """Refuses inputs that the graph was not captured for.
+
+        Raises:
+            InputError: another rank, another size of an axis that is fixed, another constant.
+        """
+        for index, ((kind, expected), leaf) in enumerate(zip(self.leaves, leaves, strict=True)):
+            if isinstance(leaf, fx.Proxy):
+                continue
+            if kind == "constant":
+                if leaf is not expected and (isinstance(leaf, Tensor) or leaf != expected):
+                    raise InputError(
+                        f"input {index} was fixed to {expected!r} at capture; compile again with "
+                        "example inputs that have the other value."
+                    )
+            elif not isinstance(leaf, Tensor):
+                raise InputError(
+                    f"input {index} was a tensor at capture, not {type(leaf).__name__}."
+                )
+            else:
+                _check_shape(index, expected, leaf)
+        unused = [argument for argument in self.arguments if argument.structure is None]
+        for argument, value in zip(unused, others, strict=True):
+            if value is not argument.default and value != argument.default:
+                raise InputError(
+                    f"{argument.name} was left at {argument.default!r} at capture; compile again "
+                    "with it among the example inputs."
+                )
+
+
+def _check_shape(index: int, expected: Sequence[int | None], leaf: Tensor) -> None:
+    fits = len(expected) == leaf.ndim
+    if fits:
+        for wanted, size in zip(expected, leaf.shape, strict=True):
+            if wanted is not None and size != wanted:
+                fits = False
+    if not fits:
+        shape = ", ".join("any" if size is None else str(size) for size in expected)
+        raise InputError(
+            f"input {index} must have shape [{shape}] as captured, not {list(leaf.shape)}; compile "
+            "again with example inputs of the other shape."
+        )
+
+
+def calling_of(
+    forward: Callable[..., Any],
+    in_spec: pytree.TreeSpec,
+    out_spec: pytree.TreeSpec,
+    placeholders: Sequence[fx.Node],
+) -> Calling:
+    """The calling convention of a captured graph.
+
+    Args:
+        forward: the user's `forward`, for names and defaults.
+        in_spec: of `(args, kwargs)`.
+        out_spec: of the output.
+        placeholders: of the graph, one per leaf of `in_spec`.
+
+    Raises:
+        CaptureError: a container type that cannot be written as code.
+    """
+    leaves = tuple(_leaf(node.meta["val"]) for node in placeholders)
+    args, kwargs = pytree.tree_unflatten([_Leaf(i) for i in range(len(leaves))], in_spec)
+    output = pytree.tree_unflatten([_Leaf(i) for i in range(out_spec.num_leaves)], out_spec)
+    arguments: list[Argument] = []
+    kinds = inspect.Parameter
+    given, named = list(args), dict(kwargs)
+    gap = False  # a parameter that cannot be written down: what follows goes by keyword
+
+    def add(name: str, keyword_only: bool, value: Any) -> None:
+        structure = structure_of(value)
+        fixed = structure[0] == "leaf" and leaves[structure[1]][0] == "constant"
+        default = leaves[structure[1]][1] if fixed else None
+        arguments.append(Argument(name, keyword_only or gap, structure, fixed, default))
+
+    for name, parameter in inspect.signature(forward).parameters.items():
+        if parameter.kind is kinds.VAR_POSITIONAL:
+            for position, value in enumerate(given):
+                add(f"{name}_{position}", False, value)
+            given = []
+        elif parameter.kind is kinds.VAR_KEYWORD:
+            for key, value in named.items():
+                add(key, True, value)
+            named = {}
+        elif given and parameter.kind is not kinds.KEYWORD_ONLY:
+            add(name, False, given.pop(0))
+        elif name in named:
+            add(name, parameter.kind is kinds.KEYWORD_ONLY, named.pop(name))
+        elif parameter.default is None or type(parameter.default) in (bool, int, float, str):
+            only = parameter.kind is kinds.KEYWORD_ONLY or gap
+            arguments.append(Argument(name, only, None, True, parameter.default))
+        else:
+            gap = True
+    return Calling(_ordered(arguments), leaves, structure_of(output))
+
+
+def _ordered(arguments: Sequence[Argument]) -> tuple[Argument, ...]:
+    """Python wants arguments without a default first: those behind one that has it lose theirs."""
+    positional = [argument for argument in arguments if not argument.keyword_only]
+    last = max((i for i, a in enumerate(positional) if not a.has_default), default=-1)
+    for index, argument in enumerate(positional[:last]):
+        positional[index] = dataclasses.replace(argument, has_default=False)
+    return (*positional, *(argument for argument in arguments if argument.keyword_only))
+
+
+class _CallCodeGen(CodeGen):
+    """Generates `forward` with the user's signature around the flat graph."""
+
+    def __init__(self, calling: Calling) -> None:
+        super().__init__()
+        self.calling = calling
+
+    def gen_fn_def(
+        self,
+        free_vars: list[str],
+        maybe_return_annotation: str,
+        *,
+        expanded_def: bool = False,
+    ) -> str:
+        names = [text.split(":")[0].split("=")[0].strip() for text in free_vars]
+        names = [name for name in names if name != "self"]
+        parameters, star = ["self"], False
+        expressions: dict[int, str] = {}
+        others: list[str] = []
+        for argument in self.calling.arguments:
+            if argument.keyword_only and not star:
+                parameters.append("*")
+                star = True
+            default = f"={argument.default!r}" if argument.has_default else ""
+            parameters.append(argument.name + default)
+            if argument.structure is None:
+                others.append(argument.name)
+            else:
+                _input_code(argument.structure, argument.name, expressions)
+        values = [expressions[index] for index in range(len(names))]
+        # All names at once: one may be the name of an argument that is still to be read.
+        lines = [f"def {self._func_name}({', '.join(parameters)}):"]
+        lines.append(f"    self._calling.check([{', '.join(values)}], [{', '.join(others)}])")
+        if names and names != values:
+            lines.append(f"    {', '.join(names)}, = {', '.join(values)},")
+        return "\n".join(lines)
+
+    def generate_output(self, output_args: Any, **options: Any) -> str:
+        return "return " + _output_code(self.calling.output, [repr(value) for value in output_args])
+
+    def process_inputs(self, *args: Any) -> Any:  # type: ignore[override]
+        return self.calling.flatten(*args)
+
+    def process_outputs(self, outputs: Any) -> Any:
+        return self.calling.unflatten(outputs)
+
+    def additional_globals(self) -> list[tuple[str, Any]]:
+        return list(class_table(self.calling.output).items())
+
+
+def code_generator(calling: Calling) -> CodeGen:
+    """For `fx.Graph.set_codegen`; the module that owns the graph has it as the attribute `_calling`."""
+    return _CallCodeGen(calling)
+
+
+# ----------------------------------------------------------------------------- structures
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    index: int
+
+
+def _leaf(value: Any) -> tuple[str, Any]:
+    if isinstance(value, Tensor):
+        return "tensor", [size if isinstance(size, int) else None for size in value.shape]
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        value = value.node.hint
+    return "constant", value
+
+
+def _class_name(value: Any) -> str:
+    name = f"{type(value).__module__}:{type(value).__qualname__}"
+    _SEEN[name] = type(value)
+    return name
+
+
+def structure_of(value: Any) -> Structure:
+    """The nested lists that stand for a value whose leaves are `_Leaf`."""
+    if value is None:
+        return ["none"]
+    if isinstance(value, _Leaf):
+        return ["leaf", value.index]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        children = [[name, structure_of(getattr(value, name))] for name in value._fields]
+        return ["namedtuple", _class_name(value), children]
+    if dataclasses.is_dataclass(value):
+        fields = [field.name for field in dataclasses.fields(value)]
+        children = [[name, structure_of(getattr(value, name))] for name in fields]
+        return ["dataclass", _class_name(value), children]
+    if type(value) in (tuple, list):
+        return [type(value).__name__, [structure_of(child) for child in value]]
+    if type(value) in (dict, collections.OrderedDict):
+        return [type(value).__name__, [[key, structure_of(child)] for key, child in value.items()]]
+    raise CaptureError(
+        f"inputs and outputs may be tensors, tuples, lists, dicts and dataclasses, "
+        f"not {type(value).__name__}."
+    )
+
+
+def _validate(structure: Any) -> None:
+    if structure is None or structure[0] == "none":
+        return
+    if structure[0] == "leaf":
+        int(structure[1])
+    elif structure[0] in ("tuple", "list"):
+        for child in structure[1]:
+            _validate(child)
+    elif structure[0] in ("dict", "OrderedDict"):
+        for key, child in structure[1]:
+            if type(key) not in (str, int, bool, float):
+                raise ValueError(f"{key!r} cannot be a key")
+            _validate(child)
+    elif structure[0] in ("dataclass", "namedtuple"):
+        for name, child in structure[2]:
+            check_identifier(name)
+            _validate(child)
+        check_identifier(_short(structure[1]))
+    else:
+        raise ValueError(f"{structure[0]!r} is not a kind of structure")
+
+
+def check_identifier(name: str) -> None:
+    """Names from a file become code: nothing but an identifier may pass.
+
+    Raises:
+        ValueError: `name` is not one.
+    """
+    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
+        raise ValueError(f"{name!r} is not an identifier")
+
+
+def _short(class_name: str) -> str:
+    return "_class_" + class_name.replace(":", ".").replace(".", "_").replace("<locals>", "local")
+
+
+def class_table(structure: Structure) -> dict[str, Any]:
+    """Names in generated code -> classes.
+
+    A class is looked up among the modules that are already imported, never imported by name; where
+    it is not found, one with the same fields is made.
+    """
+    table: dict[str, Any] = {}
+    if structure[0] == "OrderedDict":
+        table["OrderedDict"] = collections.OrderedDict
+    if structure[0] in ("tuple", "list"):
+        for child in structure[1]:
+            table.update(class_table(child))
+    elif structure[0] in ("dict", "OrderedDict"):
+        for _, child in structure[1]:
+            table.update(class_table(child))
+    elif structure[0] in ("dataclass", "namedtuple"):
+        fields = [name for name, _ in structure[2]]
+        table[_short(structure[1])] = _find_class(structure[1], fields, structure[0])
+        for _, child in structure[2]:
+            table.update(class_table(child))
+    return table
+
+
+_MADE: dict[tuple[str, ...], type] = {}
+_SEEN: dict[str, type] = {}  # also classes that no import reaches, made inside a function
+
+
+def _find_class(name: str, fields: list[str], kind: str) -> type:
+    module_name, _, path = name.partition(":")
+    found: Any = sys.modules.get(module_name)
+    for part in path.split("."):
+        found = getattr(found, part, None)
+    found = found or _SEEN.get(name)
+    if isinstance(found, type) and found is not builtins.object:
+        known = (
+            {field.name for field in dataclasses.fields(found)}
+            if dataclasses.is_dataclass(found)
+            else set(getattr(found, "_fields", ()))
+        )
+        if known >= set(fields):
+            return found
+    key = (kind, name, *fields)
+    if key not in _MADE:
+        label = path.split(".")[-1]
+        if kind == "namedtuple":
+            _MADE[key] = collections.namedtuple(label, fields)
+        else:
+            made = dataclasses.make_dataclass(label, [(f, Any, None) for f in fields])
+            torch.export.register_dataclass(made)
+            _MADE[key] = made
+    return _MADE[key]
+
+
+def _take_apart(structure: Structure, value: Any, flat: dict[int, Any]) -> None:
+    expressions: dict[int, str] = {}
+    _input_code(structure, "value", expressions)
+    for index, expression in expressions.items():
+        flat[index] = eval(expression, {"value": value})
+
+
+def _input_code(structure: Structure, expression: str, found: dict[int, str]) -> None:
+    kind = structure[0]
+    if kind == "leaf":
+        found[structure[1]] = expression
+    elif kind in ("tuple", "list"):
+        for index, child in enumerate(structure[1]):
+            _input_code(child, f"{expression}[{index}]", found)
+    elif kind in ("dict", "OrderedDict"):
+        for key, child in structure[1]:
+            _input_code(child, f"{expression}[{key!r}]", found)
+    elif kind in ("dataclass", "namedtuple"):
+        for name, child in structure[2]:
+            _input_code(child, f"{expression}.{name}", found)
+
+
+def _output_code(structure: Structure, values: Sequence[str]) -> str:
+    kind = structure[0]
+    if kind == "none":
+        return "None"
+    if kind == "leaf":
+        return values[structure[1]]
+    if kind in ("tuple", "list"):
+        parts = ", ".join(_output_code(child, values) for child in structure[1])
+        if kind == "list":
+            return f"[{parts}]"
+        return f"({parts},)" if len(structure[1]) == 1 else f"({parts})"
+    if kind in ("dict", "OrderedDict"):
+        pairs = ", ".join(f"{key!r}: {_output_code(child, values)}" for key, child in structure[1])
+        return "{" + pairs + "}" if kind == "dict" else "OrderedDict({" + pairs + "})"
+    parts = ", ".join(f"{name}={_output_code(child, values)}" for name, child in structure[2])
+    return f"{_short(structure[1])}({parts})"
