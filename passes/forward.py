@@ -86,6 +86,7 @@ class Analysis:
         self.refusals: list[Refusal] = []
         self.barriers = dict(barriers or {})
         self.skip = set(skip)
+        self.opaque: set[fx.Node] = set()  # barriers: repeated as they are, on full inputs
         # For a value with a pending form: the nodes that absorbed it, each with the gain it applied.
         self.gains: dict[fx.Node, list[tuple[fx.Node, Floats | None]]] = {}
         self.inner_sizes: dict[Ref, int] = {}  # of axes that exist only inside an op
@@ -270,6 +271,7 @@ class Analysis:
     def barrier(self, node: fx.Node, reason: str, remedy: str) -> None:
         """Expand every input to full width; the output's nodes are all distinct."""
         tracked = False
+        self.opaque.add(node)
         for source in node.all_input_nodes:
             if is_tensor(source):
                 tracked |= bool(self.value(source).tracked_axes)

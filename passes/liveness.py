@@ -35,7 +35,7 @@ def live_nodes(analysis: Analysis) -> dict[Ref, Mask]:
             mark_inputs(node)
         if node.op != "call_function" or analysis.is_constant(node):
             continue
-        rule = find_rule(node)
+        rule = None if node in analysis.opaque else find_rule(node)
         # A node without relations is a barrier, or has nothing tracked: it reads everything.
         if rule is None or node not in analysis.by_node:
             if node.users:

@@ -18,6 +18,8 @@ from fxfib.coloring import Floats, constant_values
 from fxfib.passes.layout import Layout, Reducer
 from fxfib.passes.plan import Plan
 from fxfib.passes.rules import find_rule
+from fxfib.passes.rules.base import is_tensor
+from fxfib.simplify import eliminate_dead_code
 
 
 class Rewriter:
@@ -36,6 +38,7 @@ class Rewriter:
         self._attributes: dict[tuple[Any, ...], fx.Node] = {}
         self._tensors: dict[str, torch.Tensor] = {}
         self._current: fx.Node | None = None
+        self.origin: dict[str, fx.Node] = {}
 
     # -- what rules ask --------------------------------------------------------------------
 
@@ -101,7 +104,7 @@ class Rewriter:
             if node.op == "get_attr":
                 self._new[node] = self._attribute(str(node.target), self._original(node))
             elif self.analysis.is_constant(node):
-                self._new[node] = self.graph.node_copy(node, self.new)
+                self._new[node] = self._emitted(self.graph.node_copy(node, self.new))
             else:
                 raise AssertionError(f"{node} is used before it is written")
         return self._new[node]
@@ -123,7 +126,7 @@ class Rewriter:
         def operand(old: fx.Node) -> fx.Node:
             return replaced[old] if old in replaced else self.new(old)
 
-        copy = self.graph.node_copy(node, operand)
+        copy = self._emitted(self.graph.node_copy(node, operand))
         for name, value in (changed or {}).items():
             value = fx.map_arg(value, lambda n: self.new(n) if n.graph is node.graph else n)
             names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
@@ -140,9 +143,14 @@ class Rewriter:
                 copy.args = (*copy.args, *middle, value)
         return copy
 
+    def _emitted(self, node: fx.Node) -> fx.Node:
+        if self._current is not None:
+            self.origin[node.name] = self._current
+        return node
+
     def call(self, target: Any, args: tuple[Any, ...]) -> fx.Node:
         """A new call on new nodes."""
-        node = self.graph.call_function(target, args)
+        node = self._emitted(self.graph.call_function(target, args))
         if self._current is not None:
             for key in ("nn_module_stack", "stack_trace"):
                 if key in self._current.meta:
@@ -274,15 +282,30 @@ class Rewriter:
                 # An output may be a parameter itself.
                 self.graph.node_copy(node, self.new)
             elif node.op == "call_function" and not self.analysis.is_constant(node):
-                rule = find_rule(node) if node not in self.analysis.barriers else None
-                touched = rule is not None and node in self.analysis.by_node
-                self._new[node] = rule.rewrite(self, node) if touched and rule else self.repeat(node)
+                rule = None if node in self.analysis.opaque else find_rule(node)
+                if rule is not None and node in self.analysis.by_node:
+                    self._new[node] = rule.rewrite(self, node)
+                else:
+                    self._new[node] = self.repeat(node)
         for name, tensor in self._counters():
             _place(self.root, name, tensor, persistent=True)
+        eliminate_dead_code(self.graph)
         result = fx.GraphModule(self.root, self.graph)
-        result.graph.eliminate_dead_code()
-        propagate(result, graph_module)
+        propagate(result, graph_module, self.origin)
+        self._check()
         return result
+
+    def _check(self) -> None:
+        """Every rewritten value has the size that was planned."""
+        for old, new in self._new.items():
+            if not is_tensor(old) or new.graph is not self.graph or "val" not in new.meta:
+                continue
+            if self.analysis.is_constant(old):
+                continue
+            for axis, size in enumerate(new.meta["val"].shape):
+                planned = self.size(old, axis)
+                if isinstance(size, int) and size != planned:
+                    raise UnfitError(old, f"axis {axis} has {size} slots, {planned} were planned")
 
     def _counters(self) -> list[tuple[str, torch.Tensor]]:
         """Batch norm's counters are read by no node and still part of the state."""
@@ -322,8 +345,25 @@ def _place(root: nn.Module, name: str, tensor: torch.Tensor, *, persistent: bool
         owner.register_buffer(leaf, tensor, persistent=persistent)
 
 
-def propagate(result: fx.GraphModule, original: fx.GraphModule) -> None:
-    """Run the new graph on fake tensors and record every value's shape."""
+class UnfitError(Exception):
+    """A rewritten op does not fit its operands; ``node`` is the original one."""
+
+    def __init__(self, node: fx.Node, message: str) -> None:
+        super().__init__(message)
+        self.node = node
+
+
+def propagate(
+    result: fx.GraphModule, original: fx.GraphModule, origin: Mapping[str, fx.Node]
+) -> None:
+    """Run the new graph on fake tensors and record every value's shape.
+
+    Args:
+        origin: for a new node's name, the original node whose rule emitted it.
+
+    Raises:
+        UnfitError: a shape does not fit.
+    """
     from torch._guards import detect_fake_mode
 
     placeholders = [
@@ -336,7 +376,13 @@ def propagate(result: fx.GraphModule, original: fx.GraphModule) -> None:
 
     class Propagate(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
-            value = super().run_node(n)
+            try:
+                value = super().run_node(n)
+            except Exception as error:
+                if n.name not in origin:
+                    raise
+                lines = str(error).strip().splitlines() or [type(error).__name__]
+                raise UnfitError(origin[n.name], lines[0]) from error
             n.meta["val"] = value
             return value
 

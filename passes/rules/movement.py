@@ -62,14 +62,15 @@ def strides_of(shape: tuple[int, ...]) -> list[int]:
 
 
 def trace_blocks(
-    shape: tuple[int, ...], moved: Labels, axes: Iterable[int], dynamic: set[int]
+    shape: tuple[int, ...], moved: Labels, groups: Iterable[tuple[int, ...]], dynamic: set[int]
 ) -> list[Block]:
     """Which output axes carry which input axes, and from where each output position comes.
 
     Args:
         shape: sizes of the input.
         moved: for each output element, the linear number of the input element in it.
-        axes: input axes of interest; they are joined with others as far as the op mixes them.
+        groups: input axes that are colored, together or each by itself; they are joined with others
+            as far as the op mixes them.
         dynamic: input axes that must not be involved (their size is not known).
 
     Raises:
@@ -87,19 +88,19 @@ def trace_blocks(
         here = coordinate(axis)
         return shape[axis] > 1 and bool(np.any(here != here.take([0], axis=out)))
 
-    pending = [a for a in axes]
+    together = {axis: set(group) for group in groups for axis in group}
     blocks: list[Block] = []
     done: set[int] = set()
-    while pending:
-        seed = pending.pop(0)
+    for seed in list(together):
         if seed in done:
             continue
-        ins, outs = {seed}, set()
+        ins, outs = set(together[seed]), set()
         while True:
             grown = {d for a in ins for d in range(moved.ndim) if varies(a, d)}
             more = {
                 a for a in range(len(shape)) if a not in ins and any(varies(a, d) for d in grown)
             }
+            more |= {b for a in more for b in together.get(a, ())} - ins
             if not more and grown == outs:
                 break
             outs, ins = grown, ins | more
@@ -188,7 +189,7 @@ class Movement(Rule):
         moved = node.target(*args, **kwargs)  # type: ignore[operator]
         dynamic = {a for a in range(len(shape)) if analysis.dynamic(source, a)}
         value = analysis.color(source)
-        return trace_blocks(shape, moved.numpy(), value.tracked_axes, dynamic)
+        return trace_blocks(shape, moved.numpy(), [f.axes for f in value.factors], dynamic)
 
     def forward(self, analysis: Analysis, node: fx.Node) -> Value:
         source = node.args[0]

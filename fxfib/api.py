@@ -1,0 +1,351 @@
+"""The public functions: compile, color, and what they share."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+from tqdm import tqdm
+
+from fxfib._version import __version__
+from fxfib.capture import Captured, capture, normalize_inputs
+from fxfib.errors import InputError, VerifyError
+from fxfib.kernels import CRITERIA
+from fxfib.macs import macs_of
+from fxfib.modules import FibrationModule, raise_modules, unshare
+from fxfib.passes.forward import Analysis, hint
+from fxfib.passes.groups import groups_of, layer_labels
+from fxfib.passes.plan import Plan, make_plan
+from fxfib.passes.rewrite import Rewriter, UnfitError
+from fxfib.passes.verify import TOLERANCE, Difference, difference, run_float64
+from fxfib.report import Report
+
+
+def compile(
+    model: nn.Module,
+    eps: float = 0.0,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    criterion: str = "fibration",
+    calibration: Any = None,
+    round_to: int | None = None,
+    skip: Iterable[str] = (),
+    verify: bool = True,
+    progress: bool | None = None,
+) -> nn.Module:
+    """Merge the fibers of a trained model: a smaller module that computes the same.
+
+    Nodes with the same total input from every color of earlier nodes (Eq. 3) become one node: rows
+    averaged, columns summed (Eq. 10).  Constant nodes are folded into biases, unread ones dropped.
+
+    Args:
+        model: in eval mode; never modified.
+        eps: fiber precision.  0 is exact up to the rounding of sums; larger merges more.
+        example_inputs: a tuple of positional arguments, one tensor, or a dict of keyword arguments.
+            None: a module is returned that compiles itself at its first call.
+        example_kwargs: further keyword arguments.
+        criterion: what eps measures; ``"fibration"`` is the largest absolute difference of any
+            collapsed entry between any two nodes of a color.
+        calibration: not available yet; must be None.
+        round_to: keep merged widths multiples of this number where the original width allows it.
+        skip: patterns (``fnmatch``) of module paths whose nodes are left alone.
+        verify: run original and result on the example inputs; at eps = 0 a difference above the
+            dtype's tolerance raises and nothing is returned.
+        progress: show a progress bar on standard error; None: only on a terminal.
+
+    Returns:
+        A module of ordinary modules under the user's own names, with the report as ``.fibration``.
+
+    Raises:
+        InputError: an argument is out of range.
+        RefusedError: the model is one that cannot be compiled (NaN weights, training mode ...).
+        CaptureError: the model does not run on the example inputs or cannot be captured.
+        VerifyError: the result differs from the original (eps = 0).
+    """
+    check_options(eps, criterion, calibration, round_to)
+    patterns = tuple([skip] if isinstance(skip, str) else skip)
+    options = dict(
+        eps=float(eps),
+        criterion=criterion,
+        round_to=round_to,
+        skip=patterns,
+        verify=verify,
+        progress=progress,
+    )
+    if example_inputs is None and not example_kwargs:
+        from fxfib.deferred import DeferredModule
+
+        return DeferredModule(model, options)
+    return compile_now(model, example_inputs, example_kwargs, **options)  # type: ignore[arg-type]
+
+
+def check_options(eps: float, criterion: str, calibration: Any, round_to: int | None) -> None:
+    """Refuse bad options before any work.
+
+    Raises:
+        InputError: see :func:`compile`.
+    """
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not math.isfinite(eps) or eps < 0:
+        raise InputError(f"eps must be a number that is zero or positive and finite, not {eps!r}.")
+    if criterion not in CRITERIA:
+        known = ", ".join(repr(name) for name in CRITERIA)
+        raise InputError(f"unknown criterion {criterion!r}; known: {known}.")
+    if calibration is not None:
+        raise InputError("calibration is not available in this version; leave it None.")
+    if round_to is not None and (isinstance(round_to, bool) or round_to < 1 or round_to != int(round_to)):
+        raise InputError(f"round_to must be a positive whole number, not {round_to!r}.")
+
+
+def compile_now(
+    model: nn.Module,
+    example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None,
+    *,
+    eps: float,
+    criterion: str,
+    round_to: int | None,
+    skip: tuple[str, ...],
+    verify: bool,
+    progress: bool | None,
+) -> FibrationModule:
+    """Compile on example inputs that are at hand; options as in :func:`compile`."""
+    steps = ("capture", "color", "plan", "rewrite", "verify")
+    with tqdm(total=len(steps), desc="fxfib", disable=None if progress is None else not progress,
+              leave=False) as bar:  # fmt: skip
+
+        def step(name: str) -> None:
+            bar.set_postfix_str(name)
+            bar.update(bar.n < len(steps) and name != "capture")
+
+        step("capture")
+        captured = capture(model, example_inputs, example_kwargs)
+        start = time.perf_counter()
+        plan, rewritten = shrink(captured.graph_module, eps, criterion, round_to, skip, step)
+        step("verify")
+        small = raise_modules(rewritten, captured)
+        small.train(captured.source.training)
+        report = _report(captured, plan, rewritten, eps, criterion)
+        if verify:
+            inputs = normalize_inputs(captured.source, example_inputs, example_kwargs)
+            report = _verified(report, captured, rewritten, small, inputs)
+        unshare(small, captured.source)
+        report.seconds.update(capture=captured.seconds, compile=time.perf_counter() - start)
+        small.fibration = report
+        bar.update(len(steps) - bar.n)
+    return small
+
+
+def shrink(
+    graph_module: fx.GraphModule,
+    eps: float = 0.0,
+    criterion: str = "fibration",
+    round_to: int | None = None,
+    skip: Iterable[str] = (),
+    step: Any = lambda name: None,
+) -> tuple[Plan, fx.GraphModule]:
+    """Color, plan and rewrite a captured graph.
+
+    Where a rewritten op does not fit its operands, its node is made a barrier (it is in the
+    report's refusals) and the plan is made again, so a wrong rule costs a merge, never a result.
+    """
+    barriers: dict[fx.Node, str] = {}
+    while True:
+        step("color")
+        analysis = Analysis(graph_module, eps, criterion, barriers, _skipped(graph_module, skip))
+        analysis.run()
+        step("plan")
+        plan = make_plan(analysis, round_to)
+        step("rewrite")
+        try:
+            return plan, Rewriter(plan).run()
+        except UnfitError as error:
+            if error.node in barriers:
+                raise
+            barriers[error.node] = f"the merged op does not fit its operands ({error})"
+
+
+def _skipped(graph_module: fx.GraphModule, patterns: Iterable[str]) -> list[fx.Node]:
+    patterns = tuple(patterns)
+    if not patterns:
+        return []
+    found, used = [], set()
+    for node in graph_module.graph.nodes:
+        if node.op != "call_function":
+            continue
+        paths = {
+            str(source.target).rpartition(".")[0]
+            for source in node.all_input_nodes
+            if source.op == "get_attr"
+        }
+        for pattern in patterns:
+            if any(fnmatch.fnmatchcase(path, pattern) for path in paths):
+                found.append(node)
+                used.add(pattern)
+    unused = [p for p in patterns if p not in used]
+    if unused:
+        raise InputError(
+            f"skip pattern {unused[0]!r} matches no layer; patterns are module paths "
+            "such as 'layer1.*.conv1'."
+        )
+    return found
+
+
+def _parameters(graph_module: nn.Module) -> int:
+    return sum(p.numel() for p in graph_module.parameters())
+
+
+def _batch(captured: Captured) -> int:
+    """The example's batch size, where MACs can be given for one example."""
+    for node in captured.graph_module.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.ndim and captured.dynamic_batch:
+            return max(hint(value.shape[0]), 1)
+    return 1
+
+
+def _report(
+    captured: Captured, plan: Plan, rewritten: fx.GraphModule, eps: float, criterion: str
+) -> Report:
+    batch = _batch(captured)
+    tensors = [p for p in captured.source.parameters()] or [p for p in captured.source.buffers()]
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in tensors})
+    return Report(
+        model=type(captured.source).__name__,
+        eps=eps,
+        criterion=criterion,
+        dtype=", ".join(dtypes),
+        device=str(tensors[0].device),
+        parameters_before=_parameters(captured.source),
+        parameters_after=_parameters(rewritten),
+        macs_before=macs_of(captured.graph_module) // batch,
+        macs_after=macs_of(rewritten) // batch,
+        groups=groups_of(plan),
+        refusals=tuple(plan.analysis.refusals),
+        notes=captured.notes,
+        versions={"fxfib": __version__, "torch": torch.__version__},
+    )
+
+
+def _verified(
+    report: Report,
+    captured: Captured,
+    rewritten: fx.GraphModule,
+    small: FibrationModule,
+    inputs: tuple[tuple[Any, ...], dict[str, Any]],
+) -> Report:
+    """The report with measured errors.
+
+    Raises:
+        VerifyError: at eps = 0, a relative error above the tolerance of the coarsest dtype.
+    """
+    args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), inputs)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        expected = pytree.tree_leaves(captured.source(*args, **kwargs))
+        args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), inputs)
+        torch.manual_seed(0)
+        found = pytree.tree_leaves(small(*args, **kwargs))
+    gap = difference(expected, found)
+    values: dict[str, Any] = {"error": gap.absolute, "relative_error": gap.relative}
+    if report.eps == 0.0:
+        dtypes = [t.dtype for t in [*captured.source.parameters(), *captured.source.buffers()]]
+        tolerance = max((TOLERANCE[d] for d in dtypes if d in TOLERANCE), default=1e-4)
+        exact = _exact_difference(captured, rewritten, inputs)
+        values |= {"exact_error": exact.relative, "tolerance": tolerance}
+        worst = max(gap.relative, exact.relative)
+        if not worst <= tolerance:
+            raise VerifyError(
+                f"the compiled {report.model} differs from the original by {worst:.2g} (relative) "
+                f"on the example inputs, above the tolerance of {tolerance:g}; nothing was returned."
+            )
+    return Report(**{**vars(report), **values})
+
+
+def _exact_difference(captured: Captured, rewritten: fx.GraphModule, inputs: Any) -> Difference:
+    leaves = pytree.tree_leaves(inputs)
+    count = len(captured.graph_module.graph.find_nodes(op="placeholder"))
+    assert len(leaves) == count, "captured inputs and example inputs are flattened alike"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        expected = run_float64(captured.graph_module, leaves)
+        torch.manual_seed(0)
+        found = run_float64(rewritten, leaves)
+    return difference(expected, found)
+
+
+class Colors:
+    """The colors of a captured model; prints as a table.
+
+    Attributes:
+        groups: coupled layers with their numbers of nodes and fibers.
+        labels: module path of a layer -> int64 labels of its output nodes, in order of first
+            appearance (nodes of one fiber have one label).
+    """
+
+    def __init__(self, report: Report, labels: dict[str, torch.Tensor], symmetry: str) -> None:
+        self.report = report
+        self.groups = report.groups
+        self.labels = labels
+        self.symmetry = symmetry
+
+    def to_dict(self) -> dict[str, Any]:
+        """Groups, refusals and labels as plain data."""
+        data = self.report.to_dict()
+        keys = ("model", "eps", "criterion", "dtype", "groups", "refusals", "notes")
+        labels = {name: tensor.tolist() for name, tensor in self.labels.items()}
+        return {"symmetry": self.symmetry, **{k: data[k] for k in keys}, "labels": labels}
+
+    def __str__(self) -> str:
+        width = max([len("layer"), *(len(name) for name in self.labels)])
+        lines = [f"{self.report.model}: {self.symmetry}s at eps {self.report.eps:g}"]
+        lines.append(f"  {'layer':<{width}} {'nodes':>8} {'colors':>8} {'largest':>8}")
+        for name, labels in self.labels.items():
+            sizes = torch.bincount(labels) if len(labels) else torch.zeros(1, dtype=torch.int64)
+            lines.append(
+                f"  {name:<{width}} {len(labels):>8} {len(sizes):>8} {int(sizes.max()):>8}"
+            )
+        return "\n".join(lines)
+
+
+def color(
+    model: nn.Module,
+    example_inputs: Any,
+    eps: float = 0.0,
+    symmetry: str = "fiber",
+    *,
+    criterion: str = "fibration",
+    example_kwargs: Mapping[str, Any] | None = None,
+) -> Colors:
+    """Find the fibers of a model and change nothing.
+
+    Args:
+        model, example_inputs, eps, criterion, example_kwargs: as for :func:`compile`.
+        symmetry: ``"fiber"``.
+
+    Returns:
+        Labels of every layer's output nodes, and the coupled groups.
+
+    Raises:
+        As :func:`compile`, but for ``VerifyError``.
+    """
+    check_options(eps, criterion, None, None)
+    if symmetry != "fiber":
+        raise InputError(f"unknown symmetry {symmetry!r}; known: 'fiber'.")
+    captured = capture(model, example_inputs, example_kwargs)
+    analysis = Analysis(captured.graph_module, float(eps), criterion).run()
+    plan = make_plan(analysis)
+    report = _report(captured, plan, captured.graph_module, float(eps), criterion)
+    labels: dict[str, torch.Tensor] = {}
+    for name, found in layer_labels(plan).items():
+        labels[name] = torch.from_numpy(found)
+    return Colors(report, labels, symmetry)
+
+
+__all__ = ["Colors", "color", "compile", "compile_now", "shrink"]

@@ -1,0 +1,56 @@
+"""Multiply-accumulate operations of a captured graph, from the shapes of its values."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxfib.passes.rules.base import hint
+
+aten = torch.ops.aten
+
+_LINEAR = {aten.linear.default, aten.addmm.default, aten.mm.default, aten.bmm.default}
+_LINEAR |= {aten.matmul.default, aten.baddbmm.default}
+_CONVOLUTIONS = {
+    getattr(aten, name).default
+    for name in ("conv1d", "conv2d", "conv3d")
+    if hasattr(getattr(aten, name), "default")
+}
+_TRANSPOSED = {
+    aten.conv_transpose1d.default,
+    aten.conv_transpose2d.input,
+    aten.conv_transpose3d.input,
+}
+
+
+def _shape(node: Any) -> tuple[int, ...]:
+    return tuple(hint(s) for s in node.meta["val"].shape)
+
+
+def macs_of(graph_module: fx.GraphModule) -> int:
+    """Multiply-accumulates of linear, convolution, matrix-product and attention ops.
+
+    Element-wise work is not counted, as is usual.  Where the batch size is dynamic the example's
+    counts; the caller divides.
+    """
+    total = 0
+    for node in graph_module.graph.nodes:
+        if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
+            continue
+        out = math.prod(_shape(node))
+        if node.target in _LINEAR:
+            left = node.args[1] if node.target in (aten.addmm.default, aten.baddbmm.default) else (
+                node.args[0]
+            )
+            total += out * _shape(left)[-1]
+        elif node.target in _CONVOLUTIONS or node.target is aten.convolution.default:
+            total += out * math.prod(_shape(node.args[1])[1:])
+        elif node.target in _TRANSPOSED:
+            total += math.prod(_shape(node.args[0])) * math.prod(_shape(node.args[1])[1:])
+        elif node.target is aten.scaled_dot_product_attention.default:
+            query, key = _shape(node.args[0]), _shape(node.args[1])
+            total += math.prod(query) * key[-2] + out * key[-2]
+    return total

@@ -1,0 +1,124 @@
+"""Coupled groups: layers whose output nodes share one layout, for the report."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import fx
+
+from fxfib.coloring import Labels, first_appearance
+from fxfib.passes.forward import Analysis, module_path
+from fxfib.passes.plan import Plan
+from fxfib.passes.relations import Ref, Same
+from fxfib.passes.rules import find_rule
+from fxfib.passes.rules.convolution import Convolution
+from fxfib.passes.rules.linear import Embedding, LinearMap
+from fxfib.report import Group
+
+
+def producers(analysis: Analysis) -> list[tuple[str, fx.Node, int]]:
+    """Layers that make nodes: their module path, their node, and the axis of the nodes."""
+    found = []
+    for node in analysis.graph_module.graph.nodes:
+        rule = find_rule(node)
+        if node not in analysis.by_node or not isinstance(rule, (LinearMap, Convolution, Embedding)):
+            continue
+        rank = len(analysis.shape(node))
+        axis = rank - 1
+        if isinstance(rule, Convolution):
+            weight = analysis.arguments(node)["weight"]
+            axis = rank - (len(analysis.shape(weight)) - 1)
+        found.append((layer_name(node), node, axis))
+    return found
+
+
+def layer_name(node: fx.Node) -> str:
+    """The path of the parameters that a node reads, or its module's."""
+    for source in node.all_input_nodes:
+        if source.op == "get_attr":
+            return str(source.target).rpartition(".")[0] or str(source.target)
+    return module_path(node)
+
+
+def _component(analysis: Analysis) -> dict[Ref, Ref]:
+    parent: dict[Ref, Ref] = {}
+
+    def find(ref: Ref) -> Ref:
+        root = ref
+        while parent.setdefault(root, root) != root:
+            root = parent[root]
+        while parent[ref] != root:
+            parent[ref], ref = root, parent[ref]
+        return root
+
+    for relation in analysis.relations:
+        if isinstance(relation, Same):
+            parent[find(relation.a)] = find(relation.b)
+    return {ref: find(ref) for ref in list(parent)}
+
+
+def groups_of(plan: Plan) -> tuple[Group, ...]:
+    """Every coupled group of producing layers, in order of the graph."""
+    analysis = plan.analysis
+    component = _component(analysis)
+    members: dict[Ref, list[tuple[str, Ref]]] = {}
+    for name, node, axis in producers(analysis):
+        ref = (node, axis)
+        members.setdefault(component.get(ref, ref), []).append((name, ref))
+    reasons = {component.get(ref, ref): reason for ref, reason in plan.reasons.items()}
+    groups = []
+    for root, layers in members.items():
+        node, axis = layers[0][1]
+        layout = plan.layout(node, axis)
+        slot = layout.slot
+        constant, scaled = 0, 0
+        # Constants are known where the coupled value was colored: behind the batch norm, say.
+        for ref, other in component.items():
+            if other != root or not isinstance(ref[1], int) or analysis.is_constant(ref[0]):
+                continue
+            factor = analysis.value(ref[0]).factor(ref[1])
+            if factor is None or len(factor.axes) > 1:
+                continue
+            constant = max(constant, int((factor.constant & (slot < 0)).sum()))
+            kept = slot >= 0
+            lead = np.where(kept, factor.scales[layout.representative][np.maximum(slot, 0)], 1.0)
+            off = kept & ~factor.constant & (factor.scales != lead)
+            scaled = max(scaled, int(off.sum()))
+        dropped = int((slot < 0).sum())
+        groups.append(
+            Group(
+                members=tuple(dict.fromkeys(name for name, _ in layers)),
+                nodes=layout.full,
+                fibers=layout.size,
+                merged=layout.full - dropped - layout.size,
+                scaled=scaled,
+                constant=constant,
+                unread=dropped - constant,
+                reason=reasons.get(root, ""),
+            )
+        )
+    return tuple(groups)
+
+
+def layer_labels(plan: Plan) -> dict[str, Labels]:
+    """The fibers of every producing layer: labels of its nodes, before any layout is decided."""
+    analysis = plan.analysis
+    found: dict[str, Labels] = {}
+    for name, node, axis in producers(analysis):
+        factor = analysis.value(node).factor(axis)
+        if factor is None:
+            # Colored behind an op that absorbed it, such as batch norm.
+            seen: fx.Node | None = node
+            while seen is not None and factor is None:
+                uses = analysis.gains.get(seen, [])
+                seen = uses[0][0] if uses else None
+                factor = analysis.value(seen).factor(axis) if seen is not None else None
+        if factor is None:
+            labels = np.arange(analysis.shape(node)[axis])
+        else:
+            labels = first_appearance(factor.keyed() if factor.constant.any() else factor.labels)
+        key, number = name, 1
+        while key in found:
+            number += 1
+            key = f"{name} (call {number})"
+        found[key] = labels
+    return found

@@ -1,0 +1,93 @@
+"""Proof on the spot: the original and the result, on the user's own inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+#: Largest relative error (against the largest absolute output) of an exact compile.  One table.
+TOLERANCE = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-4,
+    torch.float16: 2e-2,
+    torch.bfloat16: 1e-1,
+}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two lists of outputs are apart.
+
+    Attributes:
+        absolute: largest absolute difference; infinite where structures, NaN or integers differ.
+        relative: the same over the largest absolute value of the same output.
+    """
+
+    absolute: float
+    relative: float
+
+
+def difference(expected: Sequence[Any], found: Sequence[Any]) -> Difference:
+    """Compare outputs leaf by leaf; integers and booleans must be equal."""
+    infinite = Difference(float("inf"), float("inf"))
+    if len(expected) != len(found):
+        return infinite
+    absolute = relative = 0.0
+    for a, b in zip(expected, found, strict=True):
+        if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+            if a != b:
+                return infinite
+            continue
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return infinite
+        if not (a.dtype.is_floating_point or a.dtype.is_complex):
+            if not torch.equal(a, b):
+                return infinite
+            continue
+        if a.numel() == 0:
+            continue
+        wide_a, wide_b = a.to(torch.float64), b.to(torch.float64)
+        finite = torch.isfinite(wide_a)
+        if not torch.equal(finite, torch.isfinite(wide_b)):
+            return infinite
+        if not torch.equal(wide_a[~finite].nan_to_num(), wide_b[~finite].nan_to_num()):
+            return infinite
+        if not finite.any():
+            continue
+        gap = float((wide_a[finite] - wide_b[finite]).abs().max())
+        size = float(wide_a[finite].abs().max())
+        absolute = max(absolute, gap)
+        relative = max(relative, gap / size if size > 0 else (0.0 if gap == 0 else float("inf")))
+    return Difference(absolute, relative)
+
+
+class Float64(fx.Interpreter):
+    """Runs a captured graph in float64: parameters are widened one at a time, as they are read."""
+
+    def fetch_attr(self, target: str) -> Any:
+        return _wide(super().fetch_attr(target))
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        args, kwargs = torch.utils._pytree.tree_map(_wide_dtype, (args, kwargs))
+        return super().call_function(target, args, kwargs)
+
+
+def _wide(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.dtype.is_floating_point:
+        return value.to(torch.float64)
+    return value
+
+
+def _wide_dtype(value: Any) -> Any:
+    return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
+
+
+def run_float64(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[Any, ...]:
+    """Flat outputs of a captured graph computed in float64 throughout."""
+    with torch.no_grad():
+        result = Float64(graph_module).run(*[_wide(i) for i in inputs])
+    return tuple(result)
