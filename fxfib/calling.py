@@ -5,13 +5,9 @@ of the user's `forward`, takes nested arguments apart and puts outputs together 
 which `torch.compile`, `torch.export` and a reader all follow.  Everything is data that fits JSON.
 """
 
-import builtins
-import collections
 import dataclasses
 import inspect
-import keyword
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +17,18 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch.fx.graph import CodeGen
 
-from fxfib.errors import CaptureError, InputError
-
-# A structure is nested lists: ["leaf", index], ["none"], ["tuple" | "list", children],
-# ["dict" | "OrderedDict", [[key, child], ...]],
-# ["dataclass" | "namedtuple", "module:name", [[field, child], ...]].
-Structure = list[Any]
+from fxfib.errors import InputError
+from fxfib.structure import (
+    Leaf,
+    Structure,
+    check_identifier,
+    class_table,
+    input_code,
+    output_code,
+    structure_of,
+    take_apart,
+    validate,
+)
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,8 @@ class Calling:
         arguments = tuple(Argument(**argument) for argument in data["arguments"])
         for argument in arguments:
             check_identifier(argument.name)
-            _validate(argument.structure)
-        _validate(data["output"])
+            validate(argument.structure)
+        validate(data["output"])
         leaves = tuple((str(kind), value) for kind, value in data["leaves"])
         return cls(arguments, leaves, data["output"])
 
@@ -84,13 +86,13 @@ class Calling:
         flat: dict[int, Any] = {}
         for argument in self.arguments:
             if argument.structure is not None:
-                _take_apart(argument.structure, bound.arguments[argument.name], flat)
+                take_apart(argument.structure, bound.arguments[argument.name], flat)
         return [flat[index] for index in sorted(flat)]
 
     def unflatten(self, values: Sequence[Any]) -> Any:
         """The user's output from the graph's flat one."""
         namespace = {**class_table(self.output), "values": values, "inf": math.inf, "nan": math.nan}
-        code = _output_code(self.output, [f"values[{i}]" for i in range(len(values))])
+        code = output_code(self.output, [f"values[{i}]" for i in range(len(values))])
         return eval(code, namespace)
 
     def check(self, leaves: Sequence[Any], others: Sequence[Any]) -> None:
@@ -155,8 +157,8 @@ def calling_of(
         CaptureError: a container type that cannot be written as code.
     """
     leaves = tuple(_leaf(node.meta["val"]) for node in placeholders)
-    args, kwargs = pytree.tree_unflatten([_Leaf(i) for i in range(len(leaves))], in_spec)
-    output = pytree.tree_unflatten([_Leaf(i) for i in range(out_spec.num_leaves)], out_spec)
+    args, kwargs = pytree.tree_unflatten([Leaf(i) for i in range(len(leaves))], in_spec)
+    output = pytree.tree_unflatten([Leaf(i) for i in range(out_spec.num_leaves)], out_spec)
     arguments: list[Argument] = []
     kinds = inspect.Parameter
     given, named = list(args), dict(kwargs)
@@ -226,7 +228,7 @@ class _CallCodeGen(CodeGen):
             if argument.structure is None:
                 others.append(argument.name)
             else:
-                _input_code(argument.structure, argument.name, expressions)
+                input_code(argument.structure, argument.name, expressions)
         values = [expressions[index] for index in range(len(names))]
         # All names at once: one may be the name of an argument that is still to be read.
         lines = [f"def {self._func_name}({', '.join(parameters)}):"]
@@ -236,7 +238,7 @@ class _CallCodeGen(CodeGen):
         return "\n".join(lines)
 
     def generate_output(self, output_args: Any, **options: Any) -> str:
-        return "return " + _output_code(self.calling.output, [repr(value) for value in output_args])
+        return "return " + output_code(self.calling.output, [repr(value) for value in output_args])
 
     def process_inputs(self, *args: Any) -> Any:  # type: ignore[override]
         return self.calling.flatten(*args)
@@ -249,16 +251,8 @@ class _CallCodeGen(CodeGen):
 
 
 def code_generator(calling: Calling) -> CodeGen:
-    """For `fx.Graph.set_codegen`; the module that owns the graph has it as the attribute `_calling`."""
+    """For `fx.Graph.set_codegen`; the graph's module has `calling` as its attribute `_calling`."""
     return _CallCodeGen(calling)
-
-
-# ----------------------------------------------------------------------------- structures
-
-
-@dataclass(frozen=True)
-class _Leaf:
-    index: int
 
 
 def _leaf(value: Any) -> tuple[str, Any]:
@@ -267,161 +261,3 @@ def _leaf(value: Any) -> tuple[str, Any]:
     if isinstance(value, (torch.SymInt, torch.SymFloat)):
         value = value.node.hint
     return "constant", value
-
-
-def _class_name(value: Any) -> str:
-    name = f"{type(value).__module__}:{type(value).__qualname__}"
-    _SEEN[name] = type(value)
-    return name
-
-
-def structure_of(value: Any) -> Structure:
-    """The nested lists that stand for a value whose leaves are `_Leaf`."""
-    if value is None:
-        return ["none"]
-    if isinstance(value, _Leaf):
-        return ["leaf", value.index]
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        children = [[name, structure_of(getattr(value, name))] for name in value._fields]
-        return ["namedtuple", _class_name(value), children]
-    if dataclasses.is_dataclass(value):
-        fields = [field.name for field in dataclasses.fields(value)]
-        children = [[name, structure_of(getattr(value, name))] for name in fields]
-        return ["dataclass", _class_name(value), children]
-    if type(value) in (tuple, list):
-        return [type(value).__name__, [structure_of(child) for child in value]]
-    if type(value) in (dict, collections.OrderedDict):
-        return [type(value).__name__, [[key, structure_of(child)] for key, child in value.items()]]
-    raise CaptureError(
-        f"inputs and outputs may be tensors, tuples, lists, dicts and dataclasses, "
-        f"not {type(value).__name__}."
-    )
-
-
-def _validate(structure: Any) -> None:
-    if structure is None or structure[0] == "none":
-        return
-    if structure[0] == "leaf":
-        int(structure[1])
-    elif structure[0] in ("tuple", "list"):
-        for child in structure[1]:
-            _validate(child)
-    elif structure[0] in ("dict", "OrderedDict"):
-        for key, child in structure[1]:
-            if type(key) not in (str, int, bool, float):
-                raise ValueError(f"{key!r} cannot be a key")
-            _validate(child)
-    elif structure[0] in ("dataclass", "namedtuple"):
-        for name, child in structure[2]:
-            check_identifier(name)
-            _validate(child)
-        check_identifier(_short(structure[1]))
-    else:
-        raise ValueError(f"{structure[0]!r} is not a kind of structure")
-
-
-def check_identifier(name: str) -> None:
-    """Names from a file become code: nothing but an identifier may pass.
-
-    Raises:
-        ValueError: `name` is not one.
-    """
-    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
-        raise ValueError(f"{name!r} is not an identifier")
-
-
-def _short(class_name: str) -> str:
-    return "_class_" + class_name.replace(":", ".").replace(".", "_").replace("<locals>", "local")
-
-
-def class_table(structure: Structure) -> dict[str, Any]:
-    """Names in generated code -> classes.
-
-    A class is looked up among the modules that are already imported, never imported by name; where
-    it is not found, one with the same fields is made.
-    """
-    table: dict[str, Any] = {}
-    if structure[0] == "OrderedDict":
-        table["OrderedDict"] = collections.OrderedDict
-    if structure[0] in ("tuple", "list"):
-        for child in structure[1]:
-            table.update(class_table(child))
-    elif structure[0] in ("dict", "OrderedDict"):
-        for _, child in structure[1]:
-            table.update(class_table(child))
-    elif structure[0] in ("dataclass", "namedtuple"):
-        fields = [name for name, _ in structure[2]]
-        table[_short(structure[1])] = _find_class(structure[1], fields, structure[0])
-        for _, child in structure[2]:
-            table.update(class_table(child))
-    return table
-
-
-_MADE: dict[tuple[str, ...], type] = {}
-_SEEN: dict[str, type] = {}  # also classes that no import reaches, made inside a function
-
-
-def _find_class(name: str, fields: list[str], kind: str) -> type:
-    module_name, _, path = name.partition(":")
-    found: Any = sys.modules.get(module_name)
-    for part in path.split("."):
-        found = getattr(found, part, None)
-    found = found or _SEEN.get(name)
-    if isinstance(found, type) and found is not builtins.object:
-        known = (
-            {field.name for field in dataclasses.fields(found)}
-            if dataclasses.is_dataclass(found)
-            else set(getattr(found, "_fields", ()))
-        )
-        if known >= set(fields):
-            return found
-    key = (kind, name, *fields)
-    if key not in _MADE:
-        label = path.split(".")[-1]
-        if kind == "namedtuple":
-            _MADE[key] = collections.namedtuple(label, fields)
-        else:
-            made = dataclasses.make_dataclass(label, [(f, Any, None) for f in fields])
-            torch.export.register_dataclass(made)
-            _MADE[key] = made
-    return _MADE[key]
-
-
-def _take_apart(structure: Structure, value: Any, flat: dict[int, Any]) -> None:
-    expressions: dict[int, str] = {}
-    _input_code(structure, "value", expressions)
-    for index, expression in expressions.items():
-        flat[index] = eval(expression, {"value": value})
-
-
-def _input_code(structure: Structure, expression: str, found: dict[int, str]) -> None:
-    kind = structure[0]
-    if kind == "leaf":
-        found[structure[1]] = expression
-    elif kind in ("tuple", "list"):
-        for index, child in enumerate(structure[1]):
-            _input_code(child, f"{expression}[{index}]", found)
-    elif kind in ("dict", "OrderedDict"):
-        for key, child in structure[1]:
-            _input_code(child, f"{expression}[{key!r}]", found)
-    elif kind in ("dataclass", "namedtuple"):
-        for name, child in structure[2]:
-            _input_code(child, f"{expression}.{name}", found)
-
-
-def _output_code(structure: Structure, values: Sequence[str]) -> str:
-    kind = structure[0]
-    if kind == "none":
-        return "None"
-    if kind == "leaf":
-        return values[structure[1]]
-    if kind in ("tuple", "list"):
-        parts = ", ".join(_output_code(child, values) for child in structure[1])
-        if kind == "list":
-            return f"[{parts}]"
-        return f"({parts},)" if len(structure[1]) == 1 else f"({parts})"
-    if kind in ("dict", "OrderedDict"):
-        pairs = ", ".join(f"{key!r}: {_output_code(child, values)}" for key, child in structure[1])
-        return "{" + pairs + "}" if kind == "dict" else "OrderedDict({" + pairs + "})"
-    parts = ", ".join(f"{name}={_output_code(child, values)}" for name, child in structure[2])
-    return f"{_short(structure[1])}({parts})"

@@ -41,10 +41,9 @@ class Captured:
     def __str__(self) -> str:
         calls = sum(node.op == "call_function" for node in self.graph_module.graph.nodes)
         batch = "any batch size" if self.dynamic_batch else "one batch size only"
-        lines = [
-            f"{type(self.source).__name__} captured in {self.seconds:.1f} s: {calls} operations, {batch}"
-        ]
-        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+        name = type(self.source).__name__
+        head = f"{name} captured in {self.seconds:.1f} s: {calls} operations, {batch}"
+        return "\n".join([head, *(f"  {note}" for note in self.notes)])
 
 
 def capture(
@@ -75,7 +74,7 @@ def capture(
     model = unwrap(model)
     args, kwargs = normalize_inputs(model, example_inputs, example_kwargs)
     refuse_unsupported(model)
-    with preserved(model), torch.no_grad(), _quiet():
+    with preserved(model), torch.no_grad(), quiet():
         program, notes, dynamic = _export(model, args, kwargs)
         graph_module, more_notes = to_graph_module(model, program)
         expected = _flat_outputs(model, args, kwargs)
@@ -145,11 +144,11 @@ def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[torch.export.ExportedProgram, list[str], bool]:
     _register_dataclasses((args, kwargs))
-    wide_args, wide_kwargs, repeated = _repeat_batch(args, kwargs)
+    wide_args, wide_kwargs, repeated = repeat_batch(args, kwargs)
     first = _try_export(model, wide_args, wide_kwargs, dynamic=True)
     if isinstance(first, Exception):
         # Is it the inputs, an output type, or the free batch size?  One plain run tells.
-        outputs = _run(model, args, kwargs)
+        outputs = run_on_examples(model, args, kwargs)
         if _register_dataclasses(outputs):
             first = _try_export(model, wide_args, wide_kwargs, dynamic=True)
     if not isinstance(first, Exception) and _batch_is_free(first):
@@ -169,7 +168,7 @@ def _export(
 def _try_export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, dynamic: bool
 ) -> torch.export.ExportedProgram | Exception:
-    args, kwargs = _clone((args, kwargs))
+    args, kwargs = clone_inputs((args, kwargs))
     shapes = torch.export.ShapesCollection()
     for leaf in pytree.tree_leaves((args, kwargs)):
         if dynamic and isinstance(leaf, Tensor) and leaf.ndim:
@@ -189,11 +188,12 @@ def _static_export(
     return program
 
 
-def _clone(tree: Any) -> Any:
+def clone_inputs(tree: Any) -> Any:
+    """The same nested inputs over new memory: no run may change the user's."""
     return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), tree)
 
 
-def _repeat_batch(args: Any, kwargs: Any) -> tuple[Any, Any, bool]:
+def repeat_batch(args: Any, kwargs: Any) -> tuple[Any, Any, bool]:
     """A batch of one would be taken for a constant: it is made two, in every tensor that has it."""
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     if not tensors or tensors[0].ndim == 0 or tensors[0].shape[0] != 1:
@@ -232,8 +232,13 @@ def _register_dataclasses(tree: Any) -> bool:
 # ------------------------------------------------------------------------------------ running
 
 
-def _run(model: nn.Module, args: Any, kwargs: Any) -> Any:
-    args, kwargs = _clone((args, kwargs))
+def run_on_examples(model: nn.Module, args: Any, kwargs: Any) -> Any:
+    """The outputs of `model` on clones of its inputs, from a fixed random state.
+
+    Raises:
+        CaptureError: it does not run; the first line of its error is quoted.
+    """
+    args, kwargs = clone_inputs((args, kwargs))
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -246,14 +251,14 @@ def _run(model: nn.Module, args: Any, kwargs: Any) -> Any:
 
 
 def _flat_outputs(model: nn.Module, args: Any, kwargs: Any) -> list[Any]:
-    return pytree.tree_leaves(_run(model, args, kwargs))
+    return pytree.tree_leaves(run_on_examples(model, args, kwargs))
 
 
 def _difference(
     graph_module: fx.GraphModule, args: Any, kwargs: Any, expected: list[Any]
 ) -> str | None:
     """In what way the graph's outputs differ from the model's; None if they do not."""
-    leaves = _clone(pytree.tree_leaves((args, kwargs)))
+    leaves = clone_inputs(pytree.tree_leaves((args, kwargs)))
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -315,7 +320,7 @@ def _explain(model: nn.Module, error: Exception) -> CaptureError:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No warnings or log lines of the exporter: what matters is in the notes and the errors."""
     previous = logging.root.manager.disable
     logging.disable(logging.ERROR)

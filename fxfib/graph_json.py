@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxfib.calling import check_identifier
 from fxfib.errors import ExportError, LoadError
+from fxfib.structure import check_identifier
 
 _NAMESPACES = ("aten", "torchvision")
 # `from_file` reads a path of the file's choice.

@@ -45,8 +45,12 @@ def unwrap(model: Any) -> nn.Module:
             return model
 
 
-def refuse_unsupported(model: nn.Module) -> None:
+def refuse_unsupported(model: nn.Module, *, empty: bool = False) -> None:
     """Refuses models that no capture could make sense of, in one sentence that names the culprit.
+
+    Args:
+        model: is only read.
+        empty: whether a model without parameters may pass.
 
     Raises:
         RefusedError: no parameters, uninitialised, quantized, on the meta device, sparse, complex,
@@ -68,7 +72,7 @@ def refuse_unsupported(model: nn.Module) -> None:
         for name, tensor in tensors:
             found = found or kind == "parameter" or tensor.is_floating_point()
             _refuse_tensor(kind, name, tensor)
-    if not found:
+    if not found and not empty:
         raise RefusedError(
             f"{type(model).__name__} has no parameters, so there is nothing to compile "
             "(an empty module)."
