@@ -158,7 +158,7 @@ def shrink(
     barriers: dict[fx.Node, str] = {}
     while True:
         step("color")
-        analysis = Analysis(graph_module, eps, criterion, barriers, _skipped(graph_module, skip))
+        analysis = Analysis(graph_module, eps, criterion, barriers, skipped_nodes(graph_module, skip))
         analysis.run()
         step("plan")
         plan = make_plan(analysis, round_to)
@@ -171,7 +171,13 @@ def shrink(
             barriers[error.node] = f"the merged op does not fit its operands ({error})"
 
 
-def _skipped(graph_module: fx.GraphModule, patterns: Iterable[str]) -> list[fx.Node]:
+def skipped_nodes(graph_module: fx.GraphModule, patterns: Iterable[str]) -> list[fx.Node]:
+    """The layers that the user's patterns name.
+
+    Raises:
+        InputError: a pattern matches none.
+    """
+    patterns = [patterns] if isinstance(patterns, str) else patterns
     patterns = tuple(patterns)
     if not patterns:
         return []
@@ -201,6 +207,13 @@ def _parameters(graph_module: nn.Module) -> int:
     return sum(p.numel() for p in graph_module.parameters())
 
 
+def _unused(captured: Captured) -> list[str]:
+    """A note on parameters that forward never reads: they are in no count and not in the result."""
+    total = sum(p.numel() for p in captured.source.parameters())
+    unused = total - _parameters(captured.graph_module)
+    return [f"{unused:,} parameters that forward does not use are left out"] if unused > 0 else []
+
+
 def _batch(captured: Captured) -> int:
     """The example's batch size, where MACs can be given for one example."""
     for node in captured.graph_module.graph.find_nodes(op="placeholder"):
@@ -222,13 +235,13 @@ def _report(
         criterion=criterion,
         dtype=", ".join(dtypes),
         device=str(tensors[0].device),
-        parameters_before=_parameters(captured.source),
+        parameters_before=_parameters(captured.graph_module),
         parameters_after=_parameters(rewritten),
         macs_before=macs_of(captured.graph_module) // batch,
         macs_after=macs_of(rewritten) // batch,
         groups=groups_of(plan),
         refusals=tuple(plan.analysis.refusals),
-        notes=captured.notes,
+        notes=(*captured.notes, *_unused(captured)),
         versions={"fxfib": __version__, "torch": torch.__version__},
     )
 
