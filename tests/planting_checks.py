@@ -1,0 +1,193 @@
+"""What must hold for every planted network; each check returns what is wrong, in words."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+import fxfib
+from fxfib.passes.verify import TOLERANCE, difference
+
+from strategies import Planted, plant
+
+APPROXIMATE = (1e-3, 0.05, 0.5)
+
+
+@dataclass
+class Outcome:
+    """Failures of one seed, and what was looked at.
+
+    Attributes:
+        failures: one line each; empty: all is well.
+        claimed: whether the result had to be as small as the base network.
+        merged: parameters before, after, and of the base network (float64, eps 0).
+    """
+
+    seed: int
+    failures: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    claimed: bool = False
+    merged: tuple[int, int, int] = (0, 0, 0)
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def cast(planted: Planted, dtype: torch.dtype) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """The wider network and the inputs in a dtype."""
+    inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in planted.inputs)
+    return copy.deepcopy(planted.wide).to(dtype).eval(), inputs
+
+
+def outputs(module: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    with torch.no_grad():
+        return list(module(*inputs))
+
+
+def exact(planted: Planted, dtype: torch.dtype, outcome: Outcome) -> nn.Module | None:
+    """Compile at eps = 0: equal outputs, nothing planted missed, the user's model untouched."""
+    wide, inputs = cast(planted, dtype)
+    before = {name: tensor.clone() for name, tensor in wide.state_dict().items()}
+    word = str(dtype).removeprefix("torch.")
+    try:
+        small = fxfib.compile(wide, 0.0, inputs)
+    except Exception as error:
+        outcome.failures.append(
+            f"{word}: {type(error).__name__}: {str(error).splitlines()[0][:160]}"
+        )
+        return None
+    gap = difference(outputs(wide, inputs), outputs(small, inputs))
+    if not gap.relative <= TOLERANCE[dtype]:
+        outcome.failures.append(f"{word}: outputs differ by {gap.relative:.2g}")
+    # Another batch of another size: the result is no special case of the example.
+    more = tuple(torch.cat([x, x.flip(0)[:1]]) for x in inputs)
+    more = tuple(x * 1.7 if x.is_floating_point() else x for x in more)
+    gap = difference(outputs(wide, more), outputs(small, more))
+    if not gap.relative <= TOLERANCE[dtype]:
+        outcome.failures.append(f"{word}: outputs of another batch differ by {gap.relative:.2g}")
+    after = wide.state_dict()
+    if list(after) != list(before) or any(
+        after[n].dtype != t.dtype or not torch.equal(after[n], t) for n, t in before.items()
+    ):
+        outcome.failures.append(f"{word}: the user's model was changed")
+    for refusal in small.fibration.refusals:
+        if "does not fit" in refusal.reason:
+            outcome.failures.append(
+                f"{word}: {refusal.op} at {refusal.node}: {refusal.reason[:160]}"
+            )
+    found, goal = parameters(small), parameters(planted.base)
+    if not planted.unclaimed and found > goal:
+        outcome.failures.append(
+            f"{word}: {found} parameters are left of {parameters(wide)}, the base network has {goal}"
+        )
+    return small
+
+
+def stable(planted: Planted, small: nn.Module, outcome: Outcome) -> None:
+    """Compiling again changes nothing."""
+    sizes = [tuple(p.shape) for p in small.parameters()]
+    try:
+        again = fxfib.compile(small, 0.0, planted.inputs)
+    except Exception as error:
+        outcome.failures.append(
+            f"again: {type(error).__name__}: {str(error).splitlines()[0][:160]}"
+        )
+        return
+    if parameters(again) != parameters(small):
+        outcome.failures.append(
+            f"again: {parameters(small)} parameters become {parameters(again)}, {len(sizes)} tensors"
+        )
+    gap = difference(outputs(small, planted.inputs), outputs(again, planted.inputs))
+    if not gap.relative <= TOLERANCE[torch.float64]:
+        outcome.failures.append(f"again: outputs differ by {gap.relative:.2g}")
+
+
+def permuted(seed: int, small: nn.Module, outcome: Outcome) -> None:
+    """Another order of the channels gives the same sizes."""
+    other = plant(seed, order=1)
+    inner = Outcome(seed)
+    result = exact(other, torch.float64, inner)
+    outcome.failures += [f"permuted: {line}" for line in inner.failures]
+    if result is not None and parameters(result) != parameters(small):
+        outcome.failures.append(
+            f"permuted: {parameters(result)} parameters instead of {parameters(small)}"
+        )
+
+
+def near_miss(seed: int, small: nn.Module, dtype: torch.dtype, outcome: Outcome) -> None:
+    """One number of one copy is another one: that copy stays apart."""
+    planted = plant(seed, near=True)
+    if not planted.near:
+        return
+    gap = difference(outputs(planted.base, planted.inputs), outputs(planted.wide, planted.inputs))
+    inner = Outcome(seed)
+    planted.unclaimed.append("a near miss")
+    result = exact(planted, dtype, inner)
+    outcome.failures += [f"near miss {planted.near}: {line}" for line in inner.failures]
+    if result is None or gap.relative < 1e-7:
+        return  # the change is one that nobody sees (behind a ReLU that is off, say)
+    if parameters(result) <= parameters(small):
+        outcome.failures.append(f"near miss {planted.near}: it was merged all the same")
+
+
+def approximate(planted: Planted, small: nn.Module, eps: float, outcome: Outcome) -> int:
+    """A positive eps: the graph runs, with outputs of the right shapes."""
+    wide, inputs = cast(planted, torch.float64)
+    try:
+        result = fxfib.compile(wide, eps, inputs)
+    except Exception as error:
+        outcome.failures.append(
+            f"eps {eps:g}: {type(error).__name__}: {str(error).splitlines()[0][:160]}"
+        )
+        return 0
+    expected, found = outputs(wide, inputs), outputs(result, inputs)
+    if [x.shape for x in expected] != [x.shape for x in found]:
+        outcome.failures.append(f"eps {eps:g}: the outputs have other shapes")
+    if not all(bool(torch.isfinite(x).all()) for x in found):
+        outcome.failures.append(f"eps {eps:g}: the outputs are not finite")
+    for refusal in result.fibration.refusals:
+        if "does not fit" in refusal.reason:
+            outcome.failures.append(f"eps {eps:g}: {refusal.op}: {refusal.reason[:160]}")
+    if parameters(result) > parameters(small):
+        outcome.notes.append(
+            f"eps {eps:g}: {parameters(result)} parameters, {parameters(small)} at eps 0"
+        )
+    return parameters(result)
+
+
+def check_seed(seed: int, *, thorough: bool = True) -> Outcome:
+    """Every check of one seed; ``thorough`` runs those that compile once more for every seed."""
+    outcome = Outcome(seed)
+    planted = plant(seed)
+    gap = difference(outputs(planted.base, planted.inputs), outputs(planted.wide, planted.inputs))
+    if not gap.relative <= 1e-9:
+        outcome.failures.append(
+            f"the generator: base and wider network differ by {gap.relative:.2g}"
+        )
+        return outcome
+    outcome.claimed = not planted.unclaimed
+    small = exact(planted, torch.float64, outcome)
+    exact(planted, torch.float32, outcome)
+    if small is None:
+        return outcome
+    outcome.merged = (parameters(planted.wide), parameters(small), parameters(planted.base))
+    if thorough or seed % 3 == 0:
+        stable(planted, small, outcome)
+    if thorough or seed % 3 == 1:
+        permuted(seed, small, outcome)
+    if thorough or seed % 2 == 0:
+        near_miss(seed, small, torch.float64 if seed % 4 else torch.float32, outcome)
+    if thorough or seed % 3 == 2:
+        for eps in APPROXIMATE if thorough else APPROXIMATE[seed % 3 :: 3]:
+            approximate(planted, small, eps, outcome)
+    return outcome
+
+
+def check_seeds(seeds: Iterator[int], *, thorough: bool = True) -> Iterator[Outcome]:
+    for seed in seeds:
+        yield check_seed(seed, thorough=thorough)
