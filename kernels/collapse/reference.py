@@ -1,11 +1,13 @@
 """Segmented sum over the colors of one axis."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fxfib.kernels.labels import check_factors, check_slices
 
 _BLOCK_ELEMENTS = 2**19
+_SHORT = 64
 
 
 def collapse(
@@ -49,6 +51,10 @@ def collapse(
     order = order[labels[order] >= 0]
     shape = list(weight.shape)
     shape[axis] = num_classes
+    if weight.device.type == "cpu" and axis == 1 and order.numel() and weight.numel():
+        counts = torch.bincount(labels[order], minlength=num_classes)
+        if int(counts.max()) <= _SHORT:
+            return _short_sums(weight, order, counts, scale, shape)
     sums = torch.zeros(shape, dtype=torch.float64, device=weight.device)
     if weight.dim() == 1:
         return _add_sums(sums, weight, labels, order, axis, scale)
@@ -59,6 +65,36 @@ def collapse(
         length = min(step, weight.shape[across] - start)
         block = weight.narrow(across, start, length)
         _add_sums(sums.narrow(across, start, length), block, labels, order, axis, scale)
+    return sums
+
+
+def _short_sums(
+    weight: Tensor, order: Tensor, counts: Tensor, scale: Tensor | None, shape: list[int]
+) -> Tensor:
+    """Colors of few members, the usual case: every block is gathered once and added up in order.
+
+    Sums of at most `_SHORT` terms need no tree, and numpy adds each segment on one thread, so the
+    bits are the same for every number of threads.
+    """
+    sums = torch.zeros(shape, dtype=torch.float64)
+    result = sums.reshape(shape[0], shape[1], -1).numpy()
+    flat = weight.detach().reshape(weight.shape[0], weight.shape[1], -1)
+    present = torch.nonzero(counts).reshape(-1)
+    starts = (torch.cumsum(counts, 0) - counts)[present].numpy()
+    factors = None if scale is None else scale[order].numpy().reshape(1, -1, 1)
+    whole = present.numel() == shape[1]
+    single = bool((counts <= 1).all())
+    step = max(1, _BLOCK_ELEMENTS * flat.shape[0] // max(1, flat.numel()))
+    for start in range(0, flat.shape[0], step):
+        block = flat[start : start + step].index_select(1, order).to(torch.float64).numpy()
+        if factors is not None:
+            block *= factors
+        if not single:
+            block = np.add.reduceat(block, starts, axis=1)
+        if whole:
+            result[start : start + step] = block
+        else:
+            result[start : start + step, present.numpy()] = block
     return sums
 
 
