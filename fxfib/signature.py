@@ -25,8 +25,9 @@ from fxfib.coloring import FIRST_FREE, Factor, Floats, Labels, unique_rows, with
 from fxfib.kernels import collapse, color
 
 # Two sums of stored numbers are called equal when they differ by no more than this many unit
-# roundoffs times their sums of absolute values (each side contributes its own half).
-ROUNDING_MULTIPLE = 2.0
+# roundoffs times their sums of absolute values (each side contributes its own half).  Storing a term
+# costs one; float64 sums also round while they are added up, in the weights' making and here.
+ROUNDING_MULTIPLE = 4.0
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:

@@ -162,13 +162,23 @@ class Average:
         is_lead = np.zeros(layout.full, dtype=bool)
         is_lead[layout.representative] = True
         share = np.where(broken[slot], is_lead.astype(np.float64), share)
-        return merge(
-            tensor,
-            torch.from_numpy(layout.slot),
-            layout.size,
+        several = layout.counts[slot] > 1
+        chosen = np.flatnonzero(members & several)
+        number = np.cumsum(layout.counts > 1) - 1
+        weights = share[chosen]
+        plain = bool(np.all(weights * layout.counts[slot[chosen]] == 1.0))
+        # Slots of one member keep their bits, and so do means of equal members.
+        result = layout.first.apply(tensor, axis)
+        means = merge(
+            tensor.index_select(axis, torch.from_numpy(chosen).to(tensor.device)),
+            torch.from_numpy(number[slot[chosen]]),
+            int((layout.counts > 1).sum()),
             axis=axis,
-            weights=torch.from_numpy(share),
+            weights=None if plain else torch.from_numpy(weights),
         )
+        places = torch.from_numpy(np.flatnonzero(layout.counts > 1)).to(tensor.device)
+        result.index_copy_(axis, places, means)
+        return result
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,9 +211,7 @@ class Total:
             if np.any(ratio[layout.slot >= 0] != 1.0):
                 scale = torch.from_numpy(ratio)
         total = collapse(tensor, torch.from_numpy(layout.slot), layout.size, axis=axis, scale=scale)
-        result = total.to(tensor.dtype)
-        # Columns of one member are kept bit for bit.
-        return result
+        return total.to(tensor.dtype)
 
 
 def merge_layout(ids: Labels, keep: npt.NDArray[np.bool_]) -> MergeLayout:

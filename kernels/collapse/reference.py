@@ -51,9 +51,11 @@ def collapse(
     order = order[labels[order] >= 0]
     shape = list(weight.shape)
     shape[axis] = num_classes
-    if weight.device.type == "cpu" and axis == 1 and order.numel() and weight.numel():
+    if weight.device.type == "cpu" and axis <= 1 and order.numel() and weight.numel():
         counts = torch.bincount(labels[order], minlength=num_classes)
         if int(counts.max()) <= _SHORT:
+            if axis == 0:
+                return _short_row_sums(weight, order, counts, scale, shape)
             return _short_sums(weight, order, counts, scale, shape)
     sums = torch.zeros(shape, dtype=torch.float64, device=weight.device)
     if weight.dim() == 1:
@@ -95,6 +97,29 @@ def _short_sums(
             result[start : start + step] = block
         else:
             result[start : start + step, present.numpy()] = block
+    return sums
+
+
+def _short_row_sums(
+    weight: Tensor, order: Tensor, counts: Tensor, scale: Tensor | None, shape: list[int]
+) -> Tensor:
+    """The same along the first axis: a few colors at a time, whose slices are whole rows."""
+    sums = torch.zeros(shape, dtype=torch.float64)
+    result = sums.reshape(shape[0], -1).numpy()
+    flat = weight.detach().reshape(weight.shape[0], -1)
+    present = torch.nonzero(counts).reshape(-1)
+    ends = torch.cumsum(counts, 0)[present]
+    starts = ends - counts[present]
+    step = max(1, _BLOCK_ELEMENTS // (flat.shape[1] * int(counts.max())))
+    for first in range(0, len(present), step):
+        last = min(first + step, len(present)) - 1
+        begin = int(starts[first])
+        index = order[begin : int(ends[last])]
+        rows = flat.index_select(0, index).to(torch.float64).numpy()
+        if scale is not None:
+            rows *= scale[index].numpy().reshape(-1, 1)
+        places = (starts[first : last + 1] - begin).numpy()
+        result[present[first : last + 1].numpy()] = np.add.reduceat(rows, places, axis=0)
     return sums
 
 
