@@ -364,6 +364,7 @@ def propagate(
     Raises:
         UnfitError: a shape does not fit.
     """
+    from torch._dispatch.python import enable_python_dispatcher
     from torch._guards import detect_fake_mode
 
     placeholders = [
@@ -394,6 +395,7 @@ def propagate(
                 return fakes[id(tensor)]
             return tensor
 
-    with mode, torch.no_grad():
+    # Without the Python dispatcher composite ops written in C++ would fix the dynamic sizes.
+    with mode, torch.no_grad(), enable_python_dispatcher():
         Propagate(result).run(*placeholders)
 
