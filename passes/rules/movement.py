@@ -17,6 +17,7 @@ from fxfib.coloring import (
     Value,
     constant_values,
     opened,
+    renumbered,
     unique_rows,
     with_constants,
 )
@@ -155,7 +156,7 @@ def grid_factor(value: Value, axes: tuple[int, ...]) -> Factor | None:
         if value.factor(axis) is None:
             code = code * value.shape[axis] + spread(np.arange(value.shape[axis]), (axis,))
     labels, scales = with_constants(code + FIRST_FREE, np.broadcast_to(scales, shape), constant, values)
-    space = ("grid", axes, tuple(f.space for f in found.values()), shape)
+    space = renumbered(tuple(f.space for f in found.values()))
     return Factor(axes, labels, scales, space)
 
 
@@ -171,7 +172,8 @@ def move_relation(
 ) -> Move | Same:
     """The layouts of the two sides of a movement; ``Same`` where an axis moves as a whole."""
     ins, outs, index = block
-    if len(ins) == len(outs) == 1 and np.array_equal(index, np.arange(len(index))):
+    whole = len(ins) == len(outs) == 1 and source.meta["val"].shape[ins[0]] == len(index)
+    if whole and np.array_equal(index, np.arange(len(index))):
         return Same((node, outs[0]), (source, ins[0]))
     return Move(tuple((node, a) for a in outs), (tuple((source, a) for a in ins),), index)
 
@@ -227,7 +229,7 @@ class Rearrange(Movement):
         *("permute", "transpose", "t", "squeeze", "unsqueeze", "movedim", "moveaxis", "swapaxes"),
         *("numpy_T", "mT", "adjoint", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
         *("flatten", "ravel", "swapdims"),
-    )
+    ) + (aten.repeat_interleave.self_int,)
 
 
 @register
@@ -566,6 +568,7 @@ class Unbind(Parts):
     def forward(self, analysis: Analysis, node: fx.Node) -> Value:
         source = node.args[0]
         assert isinstance(source, fx.Node)
+        analysis.color(source)  # its rows may be gone when the parts are visited
         analysis.full(source, [self.axis(analysis, node)], "it is taken apart along this axis")
         return Value((), parts=tuple(Value(()) for _ in node.meta["val"]))
 
@@ -640,6 +643,11 @@ class Concatenate(Rule):
                 analysis.full(operand, [axis], "it is concatenated with what is not colored")
             return None
         offsets: dict[Any, int] = {}
+        widths: dict[Any, int] = {}
+        for factor in found:
+            if factor is not None:
+                most = int(factor.labels.max(initial=FIRST_FREE)) + 1
+                widths[factor.space] = max(most, widths.get(factor.space, 0))
         labels, scales, start = [], [], FIRST_FREE
         for operand, factor in zip(operands, found, strict=True):
             size = analysis.shape(operand)[axis]
@@ -651,7 +659,7 @@ class Concatenate(Rule):
                 continue
             if factor.space not in offsets:
                 offsets[factor.space] = start - FIRST_FREE
-                start += int(factor.labels.max(initial=FIRST_FREE)) + 1
+                start += widths[factor.space]
             moved = np.where(factor.constant, factor.labels, factor.labels + offsets[factor.space])
             labels.append(moved)
             scales.append(factor.scales)
@@ -700,7 +708,7 @@ def beside(
     )
     labels, scales = joint_colors(seen)
     labels, scales = with_constants(labels, scales, same, base.values)
-    return Factor((out,), labels, scales, ("beside", node.name))
+    return Factor((out,), labels, scales, ("beside", node.name, out))
 
 
 @register
@@ -789,7 +797,7 @@ class ConstantPad(Rule):
                 analysis.relate(
                     Move(((node, axis),), (((source, axis),),), index), Refine((node, axis), side)
                 )
-                factors.append(Factor((axis,), labels, scales, ("pad", node.name)))
+                factors.append(Factor((axis,), labels, scales, ("pad", node.name, axis)))
             else:
                 analysis.relate(Same((node, axis), (source, axis)))
                 factors.append(factor)
