@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,8 +10,8 @@ import torch
 from torch import fx
 
 from fxfib.coloring import Value, opened
-from fxfib.passes.relations import Even, Keep, Refine, Same
-from fxfib.passes.rules.base import Barrier, Rule, overloads, register
+from fxfib.passes.relations import Even, Keep, Ref, Refine, Same
+from fxfib.passes.rules.base import Barrier, Mask, Rule, overloads, register
 
 if TYPE_CHECKING:
     from fxfib.passes.forward import Analysis
@@ -68,6 +68,17 @@ class Reduction(Rule):
             analysis.relate(Same((node, out), (source, axis)))
             factors.append(type(result)((out,), result.labels, result.scales, result.space))
         return Value(analysis.shape(node), tuple(factors))
+
+    def reads(
+        self, analysis: Analysis, node: fx.Node, live: Mapping[Ref, Mask]
+    ) -> Iterator[tuple[Ref, Mask]]:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        reduced, keep = self.reduced(analysis, node)
+        for axis in analysis.value(source).tracked_axes:
+            out = axis if keep else axis - sum(r < axis for r in reduced)
+            if axis not in reduced and (node, out) in live:
+                yield (source, axis), live[node, out]
 
     def merged_axis(self, rewriter: Rewriter, node: fx.Node) -> int | None:
         source = node.args[0]
