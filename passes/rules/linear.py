@@ -102,10 +102,10 @@ class LinearMap(Rule):
             whole = rewriter.analysis.shape(bias) != (rows.full,)
             reduced[bias] = rewriter.constant(bias, {} if whole else {0: rows}, plus=extra)
             return rewriter.repeat(node, constants=reduced)
-        call = rewriter.repeat(node, constants=reduced)
         if extra is None:
-            return call
+            return rewriter.repeat(node, constants=reduced)
         offset = rewriter.new_constant(weight, rows.apply(extra, 0), "bias")
+        call = rewriter.repeat(node, constants=reduced)
         if node.target is aten.linear.default:
             call.args = (*call.args[:2], offset)
             return call
@@ -174,10 +174,15 @@ class Embedding(Rule):
         axis = len(analysis.shape(node)) - 1
         rows = analysis.constant(table).t()
         zero = np.zeros(rows.shape[0])
+        # A column of equal numbers is a constant node: nothing but an offset.
+        offset, flat = zero, (rows == rows[:, :1]).all(1)
+        if rows.shape[1] and flat.any():
+            offset = np.where(flat.numpy(), rows[:, 0].to(torch.float64).numpy(), 0.0)
+            rows = torch.where(flat[:, None], 0.0, rows)
         analysis.relate(
             Same((node, axis), (table, 1)), Full((table, 0), "an embedding's rows are its inputs")
         )
-        form = Form(axis, rows, zero, None, zero, None, ("embedding", table.name, indices.name))
+        form = Form(axis, rows, offset, None, zero, None, ("embedding", table.name, indices.name))
         return Value(analysis.shape(node), (), form)
 
     def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
