@@ -263,7 +263,9 @@ def environment(data: Data) -> str:
 def write(models: dict[str, nn.Module], rows: list[Row], text: str) -> None:
     """The table and the reports as text and JSON, and the recovered network."""
     reports = {
-        name: model.fibration for name, model in models.items() if hasattr(model, "fibration")
+        name: model.fibration
+        for name, model in models.items()
+        if getattr(model, "fibration", None) is not None
     }
     parts = [text] + [f"{name}\n\n{report}\n" for name, report in reports.items()]
     (OUTPUT / "report.txt").write_text("\n".join(parts), encoding="utf-8")

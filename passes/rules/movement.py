@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -106,7 +106,9 @@ def trace_blocks(
                 break
             outs, ins = grown, ins | more
         if ins & dynamic:
-            raise Barrier("it mixes channels with an axis of dynamic size", "export a static shape")
+            raise Barrier(
+                "it mixes channels with the batch", "keep channels on an axis of their own"
+            )
         done |= ins
         in_axes, out_axes = tuple(sorted(ins)), tuple(sorted(outs))
         number = np.zeros(moved.shape, dtype=np.int64)
@@ -266,9 +268,36 @@ class Unflatten(Movement):
 
 @register
 class Expand(Movement):
-    """Broadcasting by hand."""
+    """Broadcasting by hand; also of a constant to a dynamic size (a class token)."""
 
     targets = overloads("expand", "broadcast_to")
+
+    def forward(self, analysis: Analysis, node: fx.Node) -> Value:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        if not analysis.is_constant(source):
+            return super().forward(analysis, node)
+        tensor = analysis.constant(source)
+        added = len(analysis.shape(node)) - tensor.ndim
+        factors = []
+        for own, size in enumerate(tensor.shape):
+            if size > 1:
+                factor = constant_factor(tensor, own, source.name)
+                axis = own + added
+                analysis.relate(Same((node, axis), (source, own)))
+                factors.append(Factor((axis,), factor.labels, factor.scales, factor.space))
+        return Value(analysis.shape(node), tuple(factors))
+
+    def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        constants = {}
+        if rewriter.analysis.is_constant(source):
+            shape = rewriter.analysis.shape(source)
+            added = len(rewriter.analysis.shape(node)) - len(shape)
+            axes = {own: rewriter.first(node, own + added) for own, n in enumerate(shape) if n > 1}
+            constants[source] = rewriter.constant(source, axes)
+        return rewriter.repeat(node, constants, self.sizes(rewriter, node))
 
     def sizes(self, rewriter: Rewriter, node: fx.Node) -> dict[str, Any]:
         sizes = list(rewriter.analysis.arguments(node)["size"])
@@ -675,12 +704,45 @@ class Concatenate(Rule):
         return Factor((axis,), np.concatenate(labels), np.concatenate(scales), space)
 
     def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
-        return rewriter.repeat(node)
+        axis = self.axis(rewriter.analysis, node)
+        constants = reduced_operands(rewriter, node, lambda own: None if own == axis else own)
+        return rewriter.repeat(node, constants)
 
     def examples(self) -> Iterable[Any]:
         from fxfib.passes.rules import examples
 
         return examples.concatenation()
+
+
+def constant_factor(tensor: torch.Tensor, axis: int, name: str) -> Factor:
+    """The coloring of one axis of a constant: positions with equal entries are equal."""
+    size = tensor.shape[axis]
+    rows = tensor.movedim(axis, 0).reshape(size, -1)
+    if rows.shape[1] == 1:
+        values = rows[:, 0].to(torch.float64).numpy()
+        known = np.ones(size, dtype=bool)
+        labels, scales = with_constants(np.zeros(size, np.int64), values, known, values)
+        return Factor((axis,), labels, scales, ("constant", name))
+    _, equal = torch.unique(rows, dim=0, return_inverse=True)
+    labels = equal.numpy().astype(np.int64) + FIRST_FREE
+    return Factor((axis,), labels, np.ones(size), ("constant", name))
+
+
+def reduced_operands(
+    rewriter: Rewriter, node: fx.Node, output_axis: Callable[[int], int | None]
+) -> dict[fx.Node, fx.Node]:
+    """Constant operands in the layout of the output; ``output_axis`` tells where an axis goes."""
+    reduced = {}
+    for operand in node.args[0]:  # type: ignore[union-attr]
+        assert isinstance(operand, fx.Node)
+        if rewriter.analysis.is_constant(operand):
+            axes = {}
+            for own, size in enumerate(rewriter.analysis.shape(operand)):
+                out = output_axis(own)
+                if size > 1 and out is not None:
+                    axes[own] = rewriter.first(node, out)
+            reduced[operand] = rewriter.constant(operand, axes)
+    return reduced
 
 
 def beside(
@@ -691,9 +753,13 @@ def beside(
     if shape[own] <= 1:
         return None
     refs: list[Ref] = [(o, own) for o in operands]
-    constants = [o for o in operands if analysis.is_constant(o)]
-    found = [None if o in constants else analysis.factor(o, own) for o in operands]
-    if constants or any(f is None for f in found):
+    found = [
+        constant_factor(analysis.constant(o), own, o.name)
+        if analysis.is_constant(o)
+        else analysis.factor(o, own)
+        for o in operands
+    ]
+    if any(f is None for f in found) or all(analysis.is_constant(o) for o in operands):
         for (operand, axis), factor in zip(refs, found, strict=True):
             if factor is not None:
                 analysis.relate(
@@ -728,6 +794,13 @@ class Stack(Rule):
             if factor is not None:
                 factors.append(factor)
         return Value(shape, tuple(factors))
+
+    def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
+        rank = len(rewriter.analysis.shape(node))
+        new = int(rewriter.analysis.arguments(node)["dim"]) % rank
+        return rewriter.repeat(
+            node, reduced_operands(rewriter, node, lambda own: own + (own >= new))
+        )
 
 
 @register
