@@ -68,6 +68,8 @@ def comparable(analysis: Analysis) -> dict[fx.Node, Floats]:
 
     A colored node divides by its scale.  A pending one passes through exactly one op that applied a
     gain to it (batch norm, a product with numbers), and divides by what that op's output does.
+    Constants of different values may share a slot, and no average stands for them all: NaN, so that
+    the first member does.
     """
     weights: dict[fx.Node, Floats] = {}
     for node in reversed(analysis.graph_module.graph.nodes):
@@ -79,7 +81,7 @@ def comparable(analysis: Analysis) -> dict[fx.Node, Floats]:
             if len(single) == 1:
                 (factor,) = single
                 weights[node] = np.where(
-                    factor.labels < FIRST_FREE, 1.0, 1.0 / np.where(factor.scales == 0, 1.0, factor.scales)
+                    factor.labels < FIRST_FREE, np.nan, 1.0 / np.where(factor.scales == 0, 1.0, factor.scales)
                 )
         elif isinstance(value.form, (Form, PendingAxis)):
             uses = analysis.gains.get(node, [])
