@@ -319,12 +319,14 @@ class Builder:
             borders: padding is seen, so a constant cannot be compensated by the bias.
         """
         tag = self.tag()
-        factor = out.scale if before is None else before
+        # Extended precision: every number is rounded once, when it is stored, as the bounds assume.
+        factor = (out.scale if before is None else before).astype(np.longdouble)
+        weight = weight.astype(np.longdouble)
         taps = np.arange(weight.shape[2])
         raw = noise(
             self.seed * 1009 + tag,
             out.ident[:, None, None], source.ident[None, :, None], taps[None, None, :],
-        ) * 2 - 1  # fmt: skip
+        ) * np.longdouble(2) - 1  # fmt: skip
         onto = np.zeros((len(source), source.size))
         own = np.flatnonzero(source.member >= 0)
         onto[own, source.member[own]] = 1.0
@@ -350,4 +352,4 @@ class Builder:
         told = np.where(out.constant, out.value, told)
         told = np.where(out.member == UNREAD, 0.7, told)
         told = told - np.einsum("ijt,j->i", wide, np.where(constant, source.value, 0.0))
-        return wide, told
+        return wide.astype(np.float64), told.astype(np.float64)

@@ -147,6 +147,8 @@ def linear(b: Builder, v: Val, out: Copies, before: Any, has_bias: bool) -> Val:
                 lambda parts, x: torch.addmm(parts[part].bias, x, parts[part].weight), (v.name,)
             )
         elif has_bias:
+            if v.copies.constant.any():
+                b.unclaimed.append("constants meet a product whose bias is added apart")
             name = b.step(lambda parts, x: x @ parts[part].weight + parts[part].bias, (v.name,))
         else:
             name = b.step(lambda parts, x: torch.matmul(x, parts[part].weight), (v.name,))
