@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from torch.fx.graph import CodeGen
 
 from fxfib.errors import InputError
+from fxfib.graph_tools import fixed_size
 from fxfib.structure import (
     Leaf,
     Structure,
@@ -84,10 +85,15 @@ class Calling:
         bound = inspect.Signature(parameters).bind(*args, **kwargs)
         bound.apply_defaults()
         flat: dict[int, Any] = {}
+        others = []
         for argument in self.arguments:
-            if argument.structure is not None:
+            if argument.structure is None:
+                others.append(bound.arguments[argument.name])
+            else:
                 take_apart(argument.structure, bound.arguments[argument.name], flat)
-        return [flat[index] for index in sorted(flat)]
+        leaves = [flat[index] for index in sorted(flat)]
+        self.check(leaves, others)
+        return leaves
 
     def unflatten(self, values: Sequence[Any]) -> Any:
         """The user's output from the graph's flat one."""
@@ -241,7 +247,13 @@ class _CallCodeGen(CodeGen):
         return "return " + output_code(self.calling.output, [repr(value) for value in output_args])
 
     def process_inputs(self, *args: Any) -> Any:  # type: ignore[override]
-        return self.calling.flatten(*args)
+        # `torch.export` runs a graph module through an interpreter, with the values of keyword
+        # arguments behind the positional ones and without their names.
+        arguments = self.calling.arguments
+        if len(args) > len(arguments):
+            raise InputError(f"at most {len(arguments)} arguments are taken, not {len(args)}.")
+        named = {argument.name: value for argument, value in zip(arguments, args, strict=False)}
+        return self.calling.flatten(**named)
 
     def process_outputs(self, outputs: Any) -> Any:
         return self.calling.unflatten(outputs)
@@ -257,7 +269,7 @@ def code_generator(calling: Calling) -> CodeGen:
 
 def _leaf(value: Any) -> tuple[str, Any]:
     if isinstance(value, Tensor):
-        return "tensor", [size if isinstance(size, int) else None for size in value.shape]
+        return "tensor", [fixed_size(size) for size in value.shape]
     if isinstance(value, (torch.SymInt, torch.SymFloat)):
         value = value.node.hint
     return "constant", value

@@ -15,7 +15,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from fxfib.errors import CaptureError, InputError
-from fxfib.graph_tools import user_line, value_of
+from fxfib.graph_tools import fixed_size, user_line, value_of
 from fxfib.program import to_graph_module
 from fxfib.refusals import preserved, refuse_unsupported, unwrap
 
@@ -108,7 +108,8 @@ def normalize_inputs(
     """`(args, kwargs)` from all the ways to write example inputs; see `capture`.
 
     Raises:
-        InputError: nothing given, or keyword arguments given twice.
+        InputError: nothing given, a keyword argument given twice, or too many or too few for a
+            graph module.
     """
     kwargs = dict(example_kwargs or {})
     args: tuple[Any, ...]
@@ -131,6 +132,16 @@ def normalize_inputs(
         args = ()
     else:
         args = (example_inputs,)
+    if isinstance(model, fx.GraphModule):
+        # `torch.export` runs these by position alone: all arguments, in the order of `forward`.
+        try:
+            bound = inspect.signature(model.forward).bind(*args, **kwargs)
+        except TypeError as error:
+            raise InputError(
+                f"the example inputs do not fit the model's forward: {error}."
+            ) from error
+        bound.apply_defaults()
+        args, kwargs = bound.args, bound.kwargs
     leaves = pytree.tree_leaves((args, kwargs))
     if not any(isinstance(leaf, Tensor) or dataclasses.is_dataclass(leaf) for leaf in leaves):
         raise InputError("the example inputs hold no tensor; give the arguments of one call.")
@@ -144,7 +155,7 @@ def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[torch.export.ExportedProgram, list[str], bool]:
     _register_dataclasses((args, kwargs))
-    wide_args, wide_kwargs, repeated = repeat_batch(args, kwargs)
+    wide_args, wide_kwargs, _ = repeat_batch(args, kwargs)
     first = _try_export(model, wide_args, wide_kwargs, dynamic=True)
     if isinstance(first, Exception):
         # Is it the inputs, an output type, or the free batch size?  One plain run tells.
@@ -153,10 +164,8 @@ def _export(
             first = _try_export(model, wide_args, wide_kwargs, dynamic=True)
     if not isinstance(first, Exception) and _batch_is_free(first):
         return first, [], True
-    if repeated or isinstance(first, Exception):
-        program = _static_export(model, args, kwargs)
-    else:
-        program = first
+    # Also where there is a graph: symbols that turned out fixed would be left all over it.
+    program = _static_export(model, args, kwargs)
     if isinstance(first, Exception):
         lines = str(first).strip().splitlines()
         reason = f"export with a free one fails ({lines[0].strip(' .') if lines else type(first)})"
@@ -174,7 +183,9 @@ def _try_export(
         if dynamic and isinstance(leaf, Tensor) and leaf.ndim:
             shapes[leaf] = {0: torch.export.Dim.AUTO}
     try:
-        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+        return torch.export.export(
+            model, args, kwargs, dynamic_shapes=shapes if dynamic else None, strict=False
+        )
     except Exception as error:  # export raises anything; the caller words it
         return error
 
@@ -212,7 +223,7 @@ def _batch_is_free(program: torch.export.ExportedProgram) -> bool:
     for node in program.graph.nodes:
         if node.op == "placeholder" and node.name in names and isinstance(value_of(node), Tensor):
             value = value_of(node)
-            return value.ndim > 0 and isinstance(value.shape[0], torch.SymInt)
+            return value.ndim > 0 and fixed_size(value.shape[0]) is None
     return False
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from fxfib.errors import CaptureError
-from fxfib.graph_tools import call, sizes_of, value_of, where
+from fxfib.graph_tools import DROPOUTS, call, fixed_size, sizes_of, value_of, where
 
 aten = torch.ops.aten
 
@@ -49,6 +49,14 @@ class _Functionalizer:
         self.reshaped: dict[fx.Node, fx.Node] = {}  # after squeeze_ and friends
         self.owner: dict[int, fx.Node] = {}  # memory -> input or attribute that brought it
         self.input_changed = False
+        self.merged: dict[int, int] = {}  # memory -> the memory that it really is
+
+    def memory(self, node: fx.Node) -> int:
+        """Identity of the memory of a node's (first) value; 0 for what is not a tensor."""
+        found = _storage(node)
+        while found in self.merged:
+            found = self.merged[found]
+        return found
 
     def run(self) -> bool:
         for node in list(self.graph.nodes):
@@ -57,7 +65,7 @@ class _Functionalizer:
                     node.args = fx.map_arg(node.args, self.use)
                 elif node.op != "call_function":
                     self.record(node, node)
-                    self.owner.setdefault(_memory(node), node)
+                    self.owner.setdefault(self.memory(node), node)
                 elif _is_mutation(node):
                     self.mutate(node)
                 else:
@@ -66,7 +74,7 @@ class _Functionalizer:
 
     def record(self, node: fx.Node, value: fx.Node) -> None:
         self.present[node] = value
-        self.stamp[node] = self.version.get(_memory(node), 0)
+        self.stamp[node] = self.version.get(self.memory(node), 0)
 
     def resolve(self, node: fx.Node) -> fx.Node:
         while node in self.reshaped:
@@ -79,7 +87,7 @@ class _Functionalizer:
 
     def fresh(self, node: fx.Node) -> fx.Node:
         """As `use`; a view of something that has changed since is taken again."""
-        version = self.version.get(_memory(node), 0)
+        version = self.version.get(self.memory(node), 0)
         if self.stamp[node] == version or (node not in self.view_of and _is_list(node)):
             return self.present[node]
         if node not in self.view_of:
@@ -93,9 +101,12 @@ class _Functionalizer:
         """A node that changes nothing: its arguments become present values."""
         self.old_args[node] = fx.map_arg((node.args, dict(node.kwargs)), self.resolve)
         self.old_target[node] = node.target
-        memory = _memory(node)
+        if _is_idle_dropout(node) and self.memory(node) != self.memory(node.all_input_nodes[0]):
+            # It gives back its own input, which not every version of the exporter records.
+            self.merged[self.memory(node)] = self.memory(node.all_input_nodes[0])
+        memory = self.memory(node)
         for argument in map(self.resolve, node.all_input_nodes):
-            if memory and memory == _memory(argument):
+            if memory and memory == self.memory(argument):
                 # A part of a list (split, chunk) is a view of the tensor that was split.
                 source = self.view_of.get(argument) if _is_list(argument) else argument
                 if source is not None:
@@ -118,7 +129,7 @@ class _Functionalizer:
             self.keep(node)
             self.reshaped[subject] = node
             return
-        owner = self.owner.get(_memory(subject))
+        owner = self.owner.get(self.memory(subject))
         if owner is not None and owner.op == "get_attr":
             raise _refusal(node, f"the model's own tensor {owner.target}")
         self.input_changed = self.input_changed or owner is not None
@@ -156,7 +167,7 @@ class _Functionalizer:
 
     def write(self, subject: fx.Node, new: fx.Node) -> None:
         """`new` becomes the value of `subject`, and of all that `subject` is a view of."""
-        memory = _memory(subject)
+        memory = self.memory(subject)
         if not memory:
             raise _refusal(subject, "something that is not a tensor")
         chain = [(subject, new)]
@@ -180,7 +191,7 @@ class _Functionalizer:
         def emit(operation: Any, *arguments: Any) -> fx.Node:
             return call(self.graph, operation, arguments, like=view)
 
-        if _same_geometry(before, after):
+        if _same_geometry(before, after) or _is_idle_dropout(view):
             return new
         if target in _RESHAPES and before.numel() == after.numel():
             return emit(aten.reshape.default, new, sizes_of(self.graph, whole, view))
@@ -214,8 +225,9 @@ class _Functionalizer:
         if operation is aten.unbind.int:
             place = (whole, new, axis, index)
             return call(self.graph, aten.select_scatter.default, place, like=view)
-        sizes = [value.shape[axis] for value in value_of(parts)]
-        if operation not in _SPLITS or not all(isinstance(size, int) for size in sizes):
+        found = [fixed_size(value.shape[axis]) for value in value_of(parts)]
+        sizes = [size for size in found if size is not None]
+        if operation not in _SPLITS or len(sizes) < len(found):
             raise _refusal(view, f"a view taken by {operation}")
         start = sum(sizes[:index])
         arguments = (whole, new, axis, start, start + sizes[index])
@@ -266,8 +278,11 @@ def _is_list(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), (list, tuple))
 
 
-def _memory(node: fx.Node) -> int:
-    """Identity of the storage of a node's (first) value; 0 for what is not a tensor."""
+def _is_idle_dropout(node: fx.Node) -> bool:
+    return node.target in DROPOUTS and bool(not node.args[2] or node.args[1] == 0)
+
+
+def _storage(node: fx.Node) -> int:
     value = node.meta.get("val")
     if isinstance(value, (list, tuple)):
         value = next((part for part in value if isinstance(part, torch.Tensor)), None)

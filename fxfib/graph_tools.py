@@ -10,6 +10,20 @@ from torch import fx
 
 aten = torch.ops.aten
 
+# Their arguments are the tensor, p, and whether to train.
+DROPOUTS = frozenset(
+    {
+        aten.dropout.default,
+        aten.dropout_.default,
+        aten.feature_dropout.default,
+        aten.feature_dropout_.default,
+        aten.alpha_dropout.default,
+        aten.alpha_dropout_.default,
+        aten.feature_alpha_dropout.default,
+        aten.feature_alpha_dropout_.default,
+    }
+)
+
 _TORCH_FOLDER = str(Path(torch.__file__).parent)
 _OWN_FOLDER = str(Path(__file__).resolve().parent)
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
@@ -62,11 +76,19 @@ def set_value(node: fx.Node) -> None:
 def sizes_of(graph: fx.Graph, node: fx.Node, like: fx.Node) -> list[Any]:
     """The shape of `node` as an argument: numbers where fixed, `sym_size` nodes where not."""
     return [
-        int(size)
-        if isinstance(size, int)
+        fixed_size(size)
+        if fixed_size(size) is not None
         else call(graph, aten.sym_size.int, (node, axis), like=like)
         for axis, size in enumerate(value_of(node).shape)
     ]
+
+
+def fixed_size(size: int | torch.SymInt) -> int | None:
+    """The size of an axis as a number; None if it is free.
+
+    Export leaves symbols behind that it found to have one value only: they count as fixed.
+    """
+    return size if isinstance(size, int) else size.node.maybe_as_int()
 
 
 def user_line(text: str) -> str | None:

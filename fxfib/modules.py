@@ -37,6 +37,9 @@ class FibrationModule(fx.GraphModule):
     It trains, evaluates, copies, pickles, compiles and exports like any `nn.Module`; moved to
     another device, the constants in its graph move along.  `fibration` is the report of the
     compilation, or None.
+
+    `torch.export` calls every graph module by position: give it keyword arguments in the order of
+    `forward`.
     """
 
     fibration: Any
@@ -297,7 +300,12 @@ def _find(root: nn.Module, name: Any) -> tuple[Tensor, bool]:
     """The tensor at a dotted name, and whether it belongs to the `state_dict`."""
     path, _, leaf = str(name).rpartition(".")
     holder = root.get_submodule(path)
-    return getattr(holder, leaf), leaf not in holder._non_persistent_buffers_set
+    tensor = getattr(holder, leaf)
+    # A tensor object of its own: what happens to the result does not happen to the graph.
+    own = tensor.detach()
+    if isinstance(tensor, nn.Parameter):
+        own = nn.Parameter(own, requires_grad=tensor.requires_grad)
+    return own, leaf not in holder._non_persistent_buffers_set
 
 
 def _in_order(names: list[str], source: nn.Module) -> list[str]:

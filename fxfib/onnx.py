@@ -14,6 +14,7 @@ from torch import nn
 from fxfib.capture import clone_inputs, normalize_inputs, quiet, repeat_batch
 from fxfib.errors import ExportError, InputError
 from fxfib.files import move_into_place, staging_folder
+from fxfib.graph_tools import fixed_size
 from fxfib.onnx_check import first_line, verify_in_onnx_runtime
 from fxfib.onnx_flat import FlatModule
 from fxfib.passes.verify import Difference
@@ -191,7 +192,7 @@ def _first_axis_is_free(program: torch.export.ExportedProgram) -> bool:
     values = [
         n.meta["val"] for n in program.graph.nodes if n.op == "placeholder" and n.name in names
     ]
-    return bool(values) and values[0].ndim > 0 and not isinstance(values[0].shape[0], int)
+    return bool(values) and values[0].ndim > 0 and fixed_size(values[0].shape[0]) is None
 
 
 def _tidy(model: Any, inputs: Sequence[str], outputs: Sequence[str]) -> None:

@@ -9,21 +9,13 @@ from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec
 
 from fxfib.errors import CaptureError, RefusedError
 from fxfib.functionalize import functionalize
-from fxfib.graph_tools import where
+from fxfib.graph_tools import DROPOUTS, where
 from fxfib.simplify import simplify
 
 aten = torch.ops.aten
 
-_DROPOUTS = (
-    aten.dropout.default,
-    aten.dropout_.default,
-    aten.feature_dropout.default,
-    aten.feature_dropout_.default,
-    aten.alpha_dropout.default,
-    aten.alpha_dropout_.default,
-    aten.feature_alpha_dropout.default,
-    aten.feature_alpha_dropout_.default,
-)
+
+_RECURRENT = frozenset({aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input})
 
 
 def to_graph_module(model: nn.Module, program: ExportedProgram) -> tuple[fx.GraphModule, list[str]]:
@@ -116,10 +108,17 @@ def _refuse_nodes(graph: fx.Graph) -> None:
                 f"batch norm {where(node)} is in training mode and would change its statistics; "
                 "call model.eval() first."
             )
-        if node.target in _DROPOUTS and node.args[2] and node.args[1] > 0:
+        if node.target in DROPOUTS and node.args[2] and node.args[1] > 0:
             raise RefusedError(
                 f"dropout {where(node)} is in training mode; call model.eval() first."
             )
+        if node.target in _RECURRENT:
+            names = [argument.name for argument in node.target._schema.arguments]
+            given = dict(zip(names, node.args, strict=False))
+            if given["train"] and given["dropout"] > 0 and given["num_layers"] > 1:
+                raise RefusedError(
+                    f"the dropout of {where(node)} is in training mode; call model.eval() first."
+                )
 
 
 def _copy_inputs(

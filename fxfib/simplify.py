@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, fx, nn
 
-from fxfib.graph_tools import value_of
+from fxfib.graph_tools import fixed_size, value_of
 
 aten = torch.ops.aten
 
@@ -158,7 +158,7 @@ def _is_foldable(node: fx.Node, constants: dict[fx.Node, Tensor]) -> bool:
         node.op == "call_function"
         and isinstance(node.target, torch._ops.OpOverload)
         and isinstance(value, Tensor)
-        and all(isinstance(size, int) for size in value.shape)
+        and all(fixed_size(size) is not None for size in value.shape)
         and value.numel() <= _LARGEST_FOLDED
         and torch.Tag.nondeterministic_seeded not in node.target.tags
         and all(argument in constants for argument in node.all_input_nodes)
