@@ -217,6 +217,9 @@ def color_form(form: Form, size: int, eps: float, criterion: str) -> Factor:
     magnitude = rows.abs()
     zero = (magnitude if form.rows_bound is None else magnitude - form.rows_bound) <= 0
     constant = zero.all(dim=1).numpy()
+    # A constant that is zero but for rounding is the zero: padding and products keep that one.
+    none = constant & (np.abs(form.offset) <= form.offset_bound)
+    form = replace(form, offset=np.where(none, 0.0, form.offset)) if none.any() else form
     offset = torch.from_numpy(form.offset)
     wide = rows if rows.dtype == torch.float64 else rows.to(torch.float32)
     if not np.any(form.offset) and simple:
