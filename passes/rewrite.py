@@ -94,7 +94,8 @@ class Rewriter:
             return None
         tensor = self.analysis.constant(weight).to(torch.float64).movedim(inputs, 1)
         taps = tensor.flatten(2).sum(2) if tensor.ndim > 2 else tensor
-        return taps @ torch.from_numpy(values).to(tensor.device)
+        added = taps @ torch.from_numpy(values).to(tensor.device)
+        return added if bool(added.any()) else None
 
     # -- emitting --------------------------------------------------------------------------
 

@@ -79,7 +79,9 @@ class Convolution(Rule):
             )
             analysis.relate(Same((node, axis), (bias, 0)))
         if factor is not None and not offset_constants:
-            analysis.relate(Keep((source, axis), factor.labels == ONE))
+            # Seen through a border a constant is no bias; one with a column of zeros is not seen.
+            read = (tensor != 0).flatten(3).any(3).any(1).reshape(-1).numpy()
+            analysis.relate(Keep((source, axis), (factor.labels == ONE) & read))
         self.relate(analysis, node, source, weight, axis, tensor, transposed)
         return Value(analysis.shape(node), (), form)
 
