@@ -127,10 +127,11 @@ def near_miss(seed: int, small: nn.Module, dtype: torch.dtype, outcome: Outcome)
         return
     gap = difference(outputs(planted.base, planted.inputs), outputs(planted.wide, planted.inputs))
     inner = Outcome(seed)
+    claimed = not planted.unclaimed  # elsewhere nothing may have merged to begin with
     planted.unclaimed.append("a near miss")
     result = exact(planted, dtype, inner)
     outcome.failures += [f"near miss {planted.near}: {line}" for line in inner.failures]
-    if result is None or gap.relative < 1e-7:
+    if result is None or gap.relative < 1e-7 or not claimed:
         return  # the change is one that nobody sees (behind a ReLU that is off, say)
     if parameters(result) <= parameters(small):
         outcome.failures.append(f"near miss {planted.near}: it was merged all the same")

@@ -195,8 +195,6 @@ def convolution(
         ))  # fmt: skip
     wide_weight = np.concatenate([p[0] for p in pieces])
     wide_bias = np.concatenate([p[1] for p in pieces])
-    if borders and np.any(v.copies.constant & (v.copies.value != 0)):
-        b.unclaimed.append("a constant that is not zero meets a padded convolution")
     modules = []
     for w, c, cin, cout in (
         (weight, bias, v.copies.size, out.size),
