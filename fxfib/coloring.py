@@ -11,6 +11,7 @@ Two colors are reserved in every coloring: ``ONE`` is a constant activation whos
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -102,17 +103,40 @@ class Factor:
         return unique_rows(self.labels, self.scales)
 
     def along(self, axis: int) -> Factor:
-        """The finest consequence of this joint coloring for one of its axes alone."""
+        """The finest consequence of this joint coloring for one of its axes alone.
+
+        Slices are equal up to one positive factor; constant where all of a slice is one number.
+        """
         if len(self.axes) == 1:
             return self
-        position = self.axes.index(axis)
-        labels = project(self.keyed(), position) + FIRST_FREE
-        return Factor((axis,), labels, np.ones(labels.shape), ("along", axis, self.space))
+        rows = (self.labels.shape[self.axes.index(axis)], -1)
+        labels, values, constant = (
+            np.moveaxis(array, self.axes.index(axis), 0).reshape(rows)
+            for array in (self.labels, self.scales, self.constant)
+        )
+        if labels.shape[1] == 0:
+            return discrete(axis, len(labels), renumbered(self.space))
+        free = np.argmin(constant, axis=1)  # the first that is not constant
+        scales = np.where(constant.all(1), 1.0, np.take_along_axis(values, free[:, None], 1)[:, 0])
+        ratio = np.where(labels == ZERO, 1.0, values / scales[:, None])
+        same = project(unique_rows(labels, ratio), 0) + FIRST_FREE
+        single = constant.all(1) & (labels == labels[:, :1]).all(1) & (values == values[:, :1]).all(1)
+        number = np.where(labels[:, 0] == ONE, values[:, 0], 0.0)
+        same, scales = with_constants(same, scales, single, number)
+        return Factor((axis,), same, scales, renumbered(self.space))
 
 
 def discrete(axis: int, size: int, space: Hashable) -> Factor:
     """Every position its own color: what holds for an axis nothing is known about."""
     return Factor((axis,), np.arange(size, dtype=np.int64) + FIRST_FREE, np.ones(size), space)
+
+
+_NUMBERINGS = itertools.count()
+
+
+def renumbered(space: Hashable) -> Hashable:
+    """A space like no other: labels numbered by appearance mean nothing to another factor."""
+    return ("renumbered", next(_NUMBERINGS), space)
 
 
 @dataclass
@@ -166,8 +190,10 @@ def opened(factor: Factor, *, scales: bool, constants: bool, space: Hashable) ->
     constant = factor.constant
     if scales and constants:
         return replace(factor, space=space)
-    fresh = unique_rows(labels, values if not scales else np.where(constant, values, 1.0))
-    fresh = fresh + FIRST_FREE
+    told_apart = np.where(constant, 1.0 if constants else values, 1.0 if scales else values)
+    fresh = labels
+    if np.any(told_apart != 1.0) or (constant.any() and not constants):
+        fresh, space = unique_rows(labels, told_apart) + FIRST_FREE, renumbered(space)
     new_scales = values if scales else np.ones_like(values)
     new_scales = np.where(constant, 1.0, new_scales)
     if constants:

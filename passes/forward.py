@@ -174,7 +174,9 @@ class Analysis:
         value = self.value(node)
         if value.form is not None and value.factor(value.form.axis) is None:
             form = value.form
-            factor = color_form(form, value.shape[form.axis], self.eps, self.criterion)
+            factor = color_form(
+                form, value.shape[form.axis], self.eps, self.criterion, self.roundoff
+            )
             value.factors = (*value.factors, factor)
         return value
 
@@ -298,12 +300,9 @@ def initial_layout(analysis: Analysis, live: Mapping[Ref, Labels], ref: Ref) -> 
     value = analysis.value(node)
     factor = value.factor(axis)
     if factor is not None:
-        if len(factor.axes) == 1:
-            labels, keep = factor.labels, ~factor.constant
-        else:
-            place = factor.axes.index(axis)
-            others = tuple(a for a in range(factor.labels.ndim) if a != place)
-            labels, keep = factor.along(axis).labels, (~factor.constant).any(axis=others)
+        # Of a joint coloring only what it says of this axis alone: that is what readers fold in.
+        alone = factor.along(axis)
+        labels, keep = alone.labels, ~alone.constant
     elif analysis.is_constant(node) or value.tracked(axis):
         labels, keep = np.zeros(size, np.int64), np.zeros(size, dtype=bool)
     else:
