@@ -36,28 +36,24 @@ def live_nodes(analysis: Analysis) -> dict[Ref, Mask]:
         if node.op != "call_function" or analysis.is_constant(node):
             continue
         rule = None if node in analysis.opaque else find_rule(node)
+        if rule is not None and rule.pointwise and not is_tensor(node):
+            if analysis.value(node).parts is not None:
+                continue  # the parts of a split are followed one by one
         # A node without relations is a barrier, or has nothing tracked: it reads everything.
         if rule is None or node not in analysis.by_node:
             if node.users:
                 mark_inputs(node)
             continue
-        if rule.pointwise and not is_tensor(node):
-            continue  # the parts of a split are followed one by one
         if rule.pointwise:
-            for axis in analysis.value(node).tracked_axes:
-                alive = live.get((node, axis))
-                if alive is None:
-                    alive = np.zeros(analysis.shape(node)[axis], dtype=bool)
-                for (source, place), mask in tied_inputs(analysis, node, axis, alive):
-                    if isinstance(place, int):
-                        mark(source, place, mask)
-            reached = {
-                ref
+            alive = {
+                axis: live.get((node, axis), np.zeros(analysis.shape(node)[axis], dtype=bool))
                 for axis in analysis.value(node).tracked_axes
-                for ref, _ in tied_inputs(
-                    analysis, node, axis, np.ones(analysis.shape(node)[axis], dtype=bool)
-                )
             }
+            reached = set()
+            for (source, place), mask in tied_inputs(analysis, node, alive):
+                reached.add((source, place))
+                if isinstance(place, int):
+                    mark(source, place, mask)
             for source in node.all_input_nodes:
                 if is_tensor(source):
                     for axis in analysis.value(source).tracked_axes:

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import fx, nn
+from torch import fx
 
 from fxfib.coloring import Value, opened
 from fxfib.passes.relations import Move, Ref, Same
 
 if TYPE_CHECKING:
     from fxfib.passes.forward import Analysis
+    from fxfib.passes.rules.examples import Example
     from fxfib.passes.rewrite import Rewriter
 
 Mask = npt.NDArray[np.bool_]
-Example = tuple[nn.Module, tuple[Any, ...]]
 
 
 def overloads(*names: str) -> tuple[Any, ...]:
@@ -34,7 +34,10 @@ def overloads(*names: str) -> tuple[Any, ...]:
             continue
         for overload in packet.overloads():
             op = getattr(packet, overload)
-            if not op._schema.is_mutable and "out" not in overload.split("_"):
+            schema = op._schema
+            # ATen also names Python's arithmetic on numbers, lists and strings: that is no tensor op.
+            tensors = any("Tensor" in str(a.type) for a in schema.arguments)
+            if tensors and not schema.is_mutable and "out" not in overload.split("_"):
                 found.append(op)
     return tuple(found)
 
@@ -159,17 +162,23 @@ class PerChannel(Rule):
 
 
 def tied_inputs(
-    analysis: Analysis, node: fx.Node, axis: int, live: Mask
+    analysis: Analysis, node: fx.Node, live: Mapping[int, Mask]
 ) -> Iterator[tuple[Ref, Mask]]:
-    """Follow the ``Same`` and ``Move`` relations of one node from its output to its inputs."""
+    """Follow the ``Same`` and ``Move`` relations of one node from its output to its inputs.
+
+    Args:
+        live: for every tracked axis of the node, which positions matter.
+    """
     for relation in analysis.by_node.get(node, ()):
-        if isinstance(relation, Same) and relation.a == (node, axis):
-            yield relation.b, live
-        elif isinstance(relation, Move) and (node, axis) in relation.out:
-            place = relation.out.index((node, axis))
-            shape = [1] * relation.index.ndim
-            shape[place] = -1
-            chosen = np.broadcast_to(live.reshape(shape), relation.index.shape)
+        if isinstance(relation, Same) and relation.a[0] is node and relation.a[1] in live:
+            yield relation.b, live[relation.a[1]]  # type: ignore[index]
+        elif isinstance(relation, Move) and all(out[0] is node for out in relation.out):
+            chosen = np.ones(relation.index.shape, dtype=bool)
+            for place, (_, axis) in enumerate(relation.out):
+                shape = [1] * relation.index.ndim
+                shape[place] = -1
+                if axis in live:
+                    chosen &= live[axis].reshape(shape)  # type: ignore[index]
             reached = np.unique(relation.index[chosen & (relation.index >= 0)])
             yield from _reached(analysis, relation, reached)
 
