@@ -197,7 +197,19 @@ def collapse_columns(
     return rows.reshape(out, -1), bound.reshape(out, -1), offset, offset_bound, column_colors
 
 
-def color_form(form: Form, size: int, eps: float, criterion: str) -> Factor:
+def nearby_short(scales: Floats, roundoff: float) -> Floats:
+    """Scales that are a short number but for rounding, as that number; the others as they are.
+
+    Nodes that are made of several must have equal ratios of scales, and 2 is not 2 + 4e-16.
+    """
+    mantissa, exponent = np.frexp(scales)
+    short = np.ldexp(np.round(mantissa * 2**12) / 2**12, exponent)
+    return np.where(np.abs(short - scales) <= 8 * roundoff * np.abs(scales), short, scales)
+
+
+def color_form(
+    form: Form, size: int, eps: float, criterion: str, roundoff: float = 0.0
+) -> Factor:
     """Turn an affine form into colors: equal rows and offsets, equal color.
 
     A node whose row is zero (within its rounding bound) is the constant of its offset.  At every
@@ -208,6 +220,7 @@ def color_form(form: Form, size: int, eps: float, criterion: str) -> Factor:
         form: the affine form of ``size`` nodes.
         eps: fiber precision of the criterion, 0 for exact.
         criterion: as in :func:`fxfib.kernels.color`.
+        roundoff: unit roundoff of the parameters; 0 leaves the scales as they come out.
     """
     axis, space = form.axis, ("colored", form.space, id(form))
     if size == 0:
@@ -247,6 +260,6 @@ def color_form(form: Form, size: int, eps: float, criterion: str) -> Factor:
     )
     assert heads.scales is not None
     labels = heads.labels.numpy()[equal] + FIRST_FREE
-    scales = heads.scales.numpy()[equal]
+    scales = nearby_short(heads.scales.numpy(), roundoff)[equal]
     labels, scales = with_constants(labels, scales, constant, form.offset)
     return Factor((axis,), labels, scales, space)
