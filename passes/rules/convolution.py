@@ -169,6 +169,8 @@ class Convolution(Rule):
         bound = torch.zeros(rows.shape, dtype=torch.float64) if any_bound else None
         reads = np.full((len(pieces), widest), -1, dtype=np.int64)
         for group, (piece, piece_bound, _, _, colors) in enumerate(pieces):
+            if len(colors) == 0:
+                continue  # all of the group's inputs are constant
             order = np.argsort(colors, kind="stable")
             reads[group, : len(colors)] = colors[order]
             place = slice(group * outs, (group + 1) * outs)
