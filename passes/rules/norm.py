@@ -342,7 +342,6 @@ class InstanceNorm(Rule):
         analysis.relate(
             Same((node, 1), (source, 1)),
             Refine((source, 1), factor.keyed()),
-            Keep((source, 1), np.ones(size, dtype=bool)),
         )
         table = torch.from_numpy(np.stack([np.ones(size), gamma, beta], 1))
         zero = np.zeros(size)

@@ -75,6 +75,7 @@ class MaxPoolWithIndices(Spatial):
     def forward(self, analysis: Analysis, node: fx.Node) -> Value:
         if {user.args[1] for user in node.users if user.target is operator.getitem} != {0}:
             raise Barrier("the positions of the maxima are used", "use the values only")
+        analysis.color(self.source(node))  # its rows may be gone when the items are visited
         return Value((), parts=(Value(()),))
 
     def keeps_constants(self, analysis: Analysis, node: fx.Node) -> bool:
@@ -99,6 +100,9 @@ class Resize(Spatial):
     def dimensions(self, node: fx.Node) -> int:
         name = str(node.target)
         return 3 if "3d" in name else 2 if "2d" in name else 1
+
+    def keeps_constants(self, analysis: Analysis, node: fx.Node) -> bool:
+        return True
 
 
 @register
