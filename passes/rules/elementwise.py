@@ -54,6 +54,10 @@ class Elementwise(Rule):
     #: Positions of operands that must not be scaled even where the op is jointly homogeneous.
     unscaled: ClassVar[tuple[int, ...]] = ()
 
+    def scales_pass(self, node: fx.Node) -> bool:
+        """Whether, of one tensor alone, ``f(s x) = s f(x)`` for ``s > 0``."""
+        return self.homogeneity == "joint"
+
     def operands(self, analysis: Analysis, node: fx.Node) -> list[Any]:
         """The arguments that take part element by element: nodes or numbers."""
         return [a for a in node.args if is_tensor(a) or isinstance(a, (int, float))]
@@ -80,14 +84,14 @@ class Elementwise(Rule):
             for axis in factor.axes:
                 analysis.relate(Same((node, axis), (source, axis)))
             space = (str(node.target), str(node.args[1:]), str(node.kwargs), factor.space)
-            result = opened(factor, scales=self.homogeneity == "joint", constants=True, space=space)
+            result = opened(factor, scales=self.scales_pass(node), constants=True, space=space)
             constant = factor.constant
             if constant.any():
                 place = np.nonzero(constant)
                 new = np.zeros(factor.labels.shape)
                 new[place] = self.evaluate(node, operands, [constant_values(factor)[place]])
                 labels, scaled = with_constants(result.labels, result.scales, constant, new)
-                result = Factor(factor.axes, labels, scaled, space)
+                result = Factor(factor.axes, labels, scaled, result.space)
             factors.append(result)
         return Value(analysis.shape(node), tuple(factors))
 
@@ -106,14 +110,12 @@ class Elementwise(Rule):
         """The coloring of one axis of the output; records which layouts must agree on it."""
         size = analysis.shape(node)[axis]
         seen: list[Operand] = []
-        spaces: list[Any] = []
         tied: list[tuple[fx.Node, int]] = []
         discrete = False
         for operand in operands:
             if not is_tensor(operand):
                 number = np.full(size, float(operand))
                 seen.append(_number(number))
-                spaces.append(float(operand))
                 continue
             shape = analysis.shape(operand)
             own = axis - (len(analysis.shape(node)) - len(shape))
@@ -121,13 +123,12 @@ class Elementwise(Rule):
             if analysis.is_constant(operand):
                 if spread:
                     tied.append((operand, own))
-                found, space = _of_constant(analysis.constant(operand), own if spread else None, size)
-                seen.append(found)
-                spaces.append((operand.name, space))
+                seen.append(
+                    _of_constant(analysis.constant(operand), own if spread else None, size)
+                )
             elif not spread:
                 blank = np.full(size, FIRST_FREE, dtype=np.int64)
                 seen.append(_plain(blank))
-                spaces.append(("broadcast", operand.name))
             else:
                 factor = analysis.factor(operand, own)
                 if factor is None:
@@ -137,7 +138,6 @@ class Elementwise(Rule):
                 seen.append(
                     Operand(factor.labels, factor.scales, factor.constant, constant_values(factor))
                 )
-                spaces.append(factor.space)
         values = [ref for ref in tied if not analysis.is_constant(ref[0])]
         if discrete or not values:
             for ref in values:
@@ -148,7 +148,7 @@ class Elementwise(Rule):
         for ref in tied:
             analysis.relate(Same((node, axis), ref))
         labels, scales = self.combine(node, operands, seen)
-        return Factor((axis,), labels, scales, (str(node.target), str(node.kwargs), *spaces))
+        return Factor((axis,), labels, scales, ("along", node.name, axis))
 
     def combine(
         self, node: fx.Node, operands: list[Any], seen: list[Operand]
@@ -276,17 +276,17 @@ def _plain(labels: Labels) -> Operand:
     )
 
 
-def _of_constant(tensor: torch.Tensor, axis: int | None, size: int) -> tuple[Operand, str]:
+def _of_constant(tensor: torch.Tensor, axis: int | None, size: int) -> Operand:
     """A constant tensor along one of its axes: a number a position where it has no other extent."""
     if tensor.numel() == 1:
-        return _number(np.full(size, float(tensor))), str(float(tensor))
+        return _number(np.full(size, float(tensor)))
     if axis is None:
-        return _plain(np.full(size, FIRST_FREE, dtype=np.int64)), "broadcast"
+        return _plain(np.full(size, FIRST_FREE, dtype=np.int64))
     rows = tensor.movedim(axis, 0).reshape(size, -1)
     if rows.shape[1] == 1:
-        return _number(rows[:, 0].to(torch.float64).numpy()), "numbers"
+        return _number(rows[:, 0].to(torch.float64).numpy())
     _, labels = torch.unique(rows, dim=0, return_inverse=True)
-    return _plain(labels.numpy().astype(np.int64) + FIRST_FREE), "rows"
+    return _plain(labels.numpy().astype(np.int64) + FIRST_FREE)
 
 
 @register
@@ -313,7 +313,7 @@ class Homogeneous(Elementwise):
     def examples(self) -> Iterable[Any]:
         from fxfib.passes.rules import examples
 
-        return examples.activations(("ReLU", "LeakyReLU"))
+        return examples.unary(self.targets, homogeneous=True)
 
 
 PASSES_FORMS = set(
@@ -345,8 +345,8 @@ class Unary(Elementwise):
         *("log2", "log10", "sqrt", "rsqrt", "square", "reciprocal", "sin", "cos", "tan", "erf"),
         *("erfc", "sinh", "cosh", "asin", "acos", "atan", "asinh", "acosh", "atanh", "sign"),
         *("floor", "ceil", "round", "trunc", "frac", "clamp", "clip", "clamp_min", "clamp_max"),
-        *("isnan", "isinf", "isfinite", "logical_not", "nan_to_num", "to", "_to_copy", "sgn"),
-        *("bitwise_not", "digamma", "lgamma", "erfinv", "logit", "exp2", "type_as"),
+        *("isnan", "isinf", "isfinite", "logical_not", "nan_to_num", "sgn"),
+        *("bitwise_not", "digamma", "lgamma", "erfinv", "logit", "exp2"),
     )
 
     def operands(self, analysis: Analysis, node: fx.Node) -> list[Any]:
@@ -362,8 +362,24 @@ class Unary(Elementwise):
     def examples(self) -> Iterable[Any]:
         from fxfib.passes.rules import examples
 
-        names = ("GELU", "SiLU", "Sigmoid", "Tanh", "Hardswish", "Softplus", "ReLU6", "ELU", "Mish")
-        return examples.activations(names)
+        return examples.unary(self.targets, homogeneous=False)
+
+
+@register
+class Cast(Unary):
+    """Another dtype: a factor passes where numbers stay floating."""
+
+    targets = overloads("to", "_to_copy", "type_as")
+
+    def scales_pass(self, node: fx.Node) -> bool:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        return all(n.meta["val"].dtype.is_floating_point for n in (source, node))
+
+    def examples(self) -> Iterable[Any]:
+        from fxfib.passes.rules import examples
+
+        return examples.unary(self.targets, homogeneous=True)
 
 
 class Affine(Elementwise):
