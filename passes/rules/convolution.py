@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxfib.coloring import ONE, Factor, Value, unique_rows
+from fxfib.coloring import ONE, ZERO, Factor, Value, unique_rows
 from fxfib.passes.relations import Full, Keep, Move, Ref, Refine, Same
 from fxfib.passes.rules.base import Barrier, Mask, Rule, overloads, register
-from fxfib.signature import Form, collapse_columns
+from fxfib.signature import ROUNDING_MULTIPLE, Form, collapse_columns
 
 if TYPE_CHECKING:
     from fxfib.passes.forward import Analysis
@@ -23,6 +23,41 @@ def grid_of(axis: Ref, groups: Ref, inside: Ref, sizes: tuple[int, int]) -> Move
     """A channel axis as the grid (group, channel in group): its layout must be a product."""
     index = np.arange(sizes[0] * sizes[1])
     return Move((axis,), ((groups, inside),), index)
+
+
+def depthwise_form(
+    tensor: torch.Tensor,
+    factor: Factor | None,
+    axis: int,
+    offset_constants: bool,
+    roundoff: float,
+    space: Any,
+) -> Form:
+    """Rows of a depthwise convolution: each node reads one channel, whose color must match."""
+    groups, outs = tensor.shape[:2]
+    rows = tensor.reshape(groups * outs, -1)
+    zero = np.zeros(groups * outs)
+    if factor is None:
+        return Form(axis, rows, zero, None, zero, np.repeat(np.arange(groups), outs), space)
+    labels = np.repeat(factor.labels, outs)
+    scales = np.repeat(factor.scales, outs)
+    offset, offset_bound, bound = zero, zero, None
+    dead = labels == ZERO
+    if offset_constants:
+        known = labels == ONE
+        taps = rows.to(torch.float64)
+        offset = np.where(known, taps.sum(1).numpy() * scales, 0.0)
+        offset_bound = np.where(
+            known, ROUNDING_MULTIPLE * roundoff * taps.abs().sum(1).numpy() * np.abs(scales), 0.0
+        )
+        dead = dead | known
+    scales = np.where(dead, 0.0, scales)
+    if np.any(scales != 1.0):
+        rows = rows.to(torch.float64) * torch.from_numpy(scales).unsqueeze(1)
+        rounded = np.where((scales != 1.0) & ~dead, ROUNDING_MULTIPLE * roundoff, 0.0)
+        bound = rows.abs() * torch.from_numpy(rounded).unsqueeze(1)
+    match = np.where(dead, ZERO, labels)
+    return Form(axis, rows, offset, bound, offset_bound, match, space)
 
 
 @register
@@ -140,6 +175,10 @@ class Convolution(Rule):
                 tensor[0], factor, offset_constants=offset_constants, roundoff=analysis.roundoff
             )
             return Form(axis, rows, offset, bound, offset_bound, None, space)
+        if ins == 1:
+            return depthwise_form(
+                tensor, factor, axis, offset_constants, analysis.roundoff, space
+            )
         pieces = []
         for group in range(groups):
             part = None
