@@ -168,7 +168,10 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Fi
             metadata = file.metadata() or {}
             if "fxfib" not in metadata:
                 raise LoadError(f"{path} was not written by fxfib.save.")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # In the file they stand at any address; kernels choose by alignment how they sum, so
+            # that without a copy the outputs would differ in the last bit.
+            names = file.keys()
+            tensors = {name: file.get_tensor(name).clone() for name in names}
         data = json.loads(metadata["fxfib"])
         if data["format"] > FORMAT:
             raise LoadError(
@@ -242,6 +245,7 @@ def _build(data: dict[str, Any], tensors: dict[str, Tensor]) -> FibrationModule:
         holder, tensor = modules[prefix], tensors[entry["stored"]]
         if "persistent" in entry:
             if leaf in holder._buffers:
+                _check_shape(entry["name"], tensor, holder._buffers[leaf])
                 holder._buffers[leaf] = tensor
             else:
                 holder.register_buffer(leaf, tensor, persistent=bool(entry["persistent"]))
@@ -249,6 +253,7 @@ def _build(data: dict[str, Any], tensors: dict[str, Tensor]) -> FibrationModule:
         if entry["stored"] not in parameters:
             grad = bool(entry["requires_grad"])
             parameters[entry["stored"]] = nn.Parameter(tensor, requires_grad=grad)
+        _check_shape(entry["name"], tensor, holder._parameters.get(leaf))
         setattr(holder, leaf, parameters[entry["stored"]])
     for name, module in modules.items():
         for leaf, buffer in module._buffers.items():
@@ -266,6 +271,11 @@ def _build(data: dict[str, Any], tensors: dict[str, Tensor]) -> FibrationModule:
 
         result.fibration = Report.from_dict(data["report"])
     return result
+
+
+def _check_shape(name: str, tensor: Tensor, expected: Tensor | None) -> None:
+    if expected is not None and expected.shape != tensor.shape:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, not {list(expected.shape)}")
 
 
 def _make(kind: type[nn.Module], arguments: dict[str, Any]) -> nn.Module:
