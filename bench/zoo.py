@@ -60,7 +60,6 @@ def measure(name: str, queue: Any) -> None:
     import torchvision
 
     import fxfib
-    from fxfib.capture import capture
 
     torch.manual_seed(0)
     model = torchvision.models.get_model(name, weights=None).eval()
@@ -92,11 +91,10 @@ def measure(name: str, queue: Any) -> None:
         start = time.perf_counter()
         lifted = fxfib.lift(model, 1.5, inputs)
         row["lift_s"] = round(time.perf_counter() - start, 2)
-        base = sum(p.numel() for p in capture(model, inputs).graph_module.parameters())
         del model
         back = fxfib.compile(lifted, 0.0, inputs).fibration
         row |= {
-            "recovered": back.parameters_after <= base,
+            "recovered": back.parameters_after <= report.parameters_before,
             "parameters_lifted": back.parameters_before,
             "parameters_recovered": back.parameters_after,
             "error_recovered_float32": back.relative_error,
@@ -147,7 +145,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.output.exists():
         with options.output.open(newline="") as file:
             done = {row["model"]: row for row in csv.DictReader(file)}
-    bar = tqdm([n for n in names if n in options.models or n not in done])
+    waiting = [n for n in names if n in options.models or n not in done]
+    # Small ones first: an interrupted run has seen the most architectures.
+    weights = {n: torchvision.models.get_model_weights(n).DEFAULT for n in waiting}
+    bar = tqdm(sorted(waiting, key=lambda n: weights[n].meta["num_params"]))
     for name in bar:
         bar.set_postfix_str(name)
         done[name] = run_one(name, options.limit)
