@@ -47,6 +47,7 @@ class Copies:
         ident: a number of its own for every channel, the same in whatever order they stand.
         size: width of the base network.
         blocks: consecutive blocks (groups) that hold the same pattern of copies; 1: anything.
+        cuts: places (base, wide) that no base channel's copies reach across, in any order.
     """
 
     member: Ints
@@ -55,6 +56,7 @@ class Copies:
     ident: Ints
     size: int
     blocks: int = 1
+    cuts: tuple[tuple[int, int], ...] = ()
 
     def __len__(self) -> int:
         return len(self.member)
@@ -121,16 +123,20 @@ def identity(size: int, start: int = 0) -> Copies:
 
 def concatenated(parts: list[Copies]) -> Copies:
     """Channels laid end to end."""
-    member, start = [], 0
+    member, start, wide = [], 0, 0
+    cuts = []
     for part in parts:
         member.append(np.where(part.member >= 0, part.member + start, part.member))
-        start += part.size
+        cuts += [(start + base, wide + place) for base, place in part.cuts]
+        start, wide = start + part.size, wide + len(part)
+        cuts.append((start, wide))
     return Copies(
         np.concatenate(member),
         np.concatenate([p.scale for p in parts]),
         np.concatenate([p.value for p in parts]),
         np.concatenate([p.ident * 16 + k for k, p in enumerate(parts)]),
         start,
+        cuts=tuple(cuts[:-1]),
     )
 
 
@@ -268,9 +274,16 @@ class Builder:
         ident = np.arange(len(member)) + start
         value = np.where(member == CONSTANT, self.rng.choice([0.0, 0.5, -1.5, 2.0], len(member)), 0)
         block = np.repeat(np.arange(blocks), len(member) // blocks)
+        cuts = [(k * inside, k * len(member) // blocks) for k in range(1, blocks)]
+        if blocks == 1 and self.flip(0.4):
+            # Two parts that no copies reach across, for slices and splits.
+            middle = size // 2
+            block = np.where(member >= 0, member >= middle, ident % 2)
+            cuts = [(middle, int((block == 0).sum()))]
         keys = noise(self.order, ident % (len(member) // blocks if blocks > 1 else 1 << 60), start)
         order = np.lexsort((keys, block))
         made = Copies(member.astype(np.int64), scale, value, ident, size).at(order)
+        made = replace(made, cuts=tuple(cuts))
         return replace(made, blocks=blocks)
 
     # -- steps -------------------------------------------------------------------------------

@@ -119,6 +119,8 @@ def linear(b: Builder, v: Val, out: Copies, before: Any, has_bias: bool) -> Val:
     bias = b.normal(out.size) if has_bias else None
     wide_weight, wide_bias = b.widen(weight[:, :, None], bias, v.copies, out, before=before)
     kind = b.pick(("linear", "linear", "matmul", "addmm" if not v.space else "matmul"))
+    if kind == "matmul" and v.copies.constant.any() and b.flip(0.9):
+        kind = "linear"
     if kind == "linear":
         modules = [
             assign(
@@ -567,23 +569,11 @@ def concatenate(b: Builder, v: Val, other: Val) -> Val | None:
     return v.then(name, copies=concatenated([v.copies, other.copies]))
 
 
-def cuts(copies: Copies) -> list[tuple[int, int]]:
-    """Places where the channels can be cut in both networks: (base, wide)."""
-    found = []
-    for base in range(1, copies.size):
-        left = np.flatnonzero((copies.member >= 0) & (copies.member < base))
-        right = np.flatnonzero(copies.member >= base)
-        if len(left) and len(right) and left.max() < right.min():
-            found.append((base, int(left.max()) + 1))
-    return found
-
-
 def split(b: Builder, v: Val) -> Val | None:
     """Cut in two; one half goes through an activation; joined again, perhaps the other way round."""
-    places = cuts(v.copies)
-    if not places:
+    if not v.copies.cuts:
         return None
-    base, wide = b.pick(places)
+    base, wide = b.pick(v.copies.cuts)
     axis, total = v.axis, len(v.copies)
     way = b.pick(("split", "slice", "narrow"))
 
@@ -881,11 +871,11 @@ def layer(b: Builder, v: Val) -> Val:
 
 
 OPS: tuple[tuple[int, Callable[[Builder, Val], Val | None]], ...] = (
-    (10, layer), (3, depthwise), (2, norm_alone), (4, axis_norm), (1, instance_norm),
-    (3, activation), (2, prelu), (3, parameter), (5, residual), (3, projected), (3, gate),
-    (2, glu), (1, reused), (3, split), (4, shuffle), (2, pixel_shuffle), (1, pixel_unshuffle),
-    (2, pool), (1, resize), (1, pad_space), (2, pad_channels), (1, flatten), (1, pooled),
-    (2, over_channels), (2, turned), (2, tokens), (3, mixer),
+    (8, layer), (4, depthwise), (2, norm_alone), (4, axis_norm), (2, instance_norm),
+    (3, activation), (2, prelu), (5, parameter), (5, residual), (3, projected), (3, gate),
+    (2, glu), (3, reused), (6, split), (7, shuffle), (2, pixel_shuffle), (2, pixel_unshuffle),
+    (4, pool), (2, resize), (2, pad_space), (2, pad_channels), (1, flatten), (1, pooled),
+    (4, over_channels), (2, turned), (2, tokens), (3, mixer),
 )  # fmt: skip
 UNCOVERED = (class_token, unknown, flipped)
 
