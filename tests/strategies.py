@@ -168,9 +168,9 @@ def convolution(
     if v.copies.blocks > 1 and v.copies.blocks == out.blocks and v.copies.plain:
         groups = v.copies.blocks
     transposed = groups == 1 and not keep_space and b.flip(0.12)
-    kernel, stride, pad, dilation = b.pick(((1, 1, 0, 1), (3, 1, 1, 1), (3, 1, 2, 2))) if keep_space else b.pick(
-        ((1, 1, 0, 1), (3, 1, 1, 1), (3, 2, 1, 1), (2, 1, 0, 1), (2, 2, 0, 1))
-    )  # fmt: skip
+    changing = ((1, 1, 0, 1), (3, 1, 1, 1), (3, 2, 1, 1), (2, 1, 0, 1), (2, 2, 0, 1))
+    keeping = ((1, 1, 0, 1), (3, 1, 1, 1), (3, 1, 2, 2))
+    kernel, stride, pad, dilation = b.pick(keeping if keep_space else changing)
     if min(v.space) + 2 * pad < dilation * (kernel - 1) + 1 or (dims == 3 and dilation > 1):
         kernel, stride, pad, dilation = 1, 1, 0, 1
     space = output_size(v.space, kernel, stride, pad, dilation)
@@ -202,7 +202,7 @@ def convolution(
         (weight, bias, v.copies.size, out.size),
         (wide_weight, wide_bias, len(v.copies), len(out)),
     ):
-        options = dict(stride=stride, padding=pad, groups=groups, bias=has_bias)
+        options = {"stride": stride, "padding": pad, "groups": groups, "bias": has_bias}
         values: dict[str, Any] = {"bias": c} if has_bias else {}
         if transposed:
             module = TRANSPOSED[dims](cin, cout, kernel, **options)
@@ -272,7 +272,8 @@ def depthwise(b: Builder, v: Val) -> Val | None:
         modules.append(assign(module, **values))
     part = b.part(*modules, name="depthwise")
     name = b.step(lambda parts, x: parts[part](x), (v.name,))
-    b.candidate(part, "weight", 0, out)
+    if kernel > 1 or has_bias:  # one number alone is a factor, and factors may differ
+        b.candidate(part, "weight", 0, out)
     b.log.append(f"{name} = depthwise({v.name}) x{several} k{kernel} s{stride} p{pad}")
     space = output_size(v.space, kernel, stride, pad, 1)
     return v.then(name, copies=replace(out, blocks=1), space=space)
@@ -423,7 +424,7 @@ def prelu(b: Builder, v: Val) -> Val | None:
 
 
 def parameter(b: Builder, v: Val) -> Val | None:
-    """Addition of, product with or quotient by numbers of every channel (layer scale, positions)."""
+    """Numbers of every channel added, multiplied, divided by (layer scale, position tables)."""
     size = v.copies.size
     own = np.maximum(v.copies.member, 0)
     known = v.copies.member >= 0
@@ -451,9 +452,8 @@ def parameter(b: Builder, v: Val) -> Val | None:
             result = v.copies.value + other * (1 if word == "add" else -1)
         copies = replace(v.copies, value=np.where(v.copies.constant, result, 0.0))
         numbers = values.reshape(shape), other.reshape(shape)
-    part = b.part(
-        *[Holder(table=torch.from_numpy(np.ascontiguousarray(n))) for n in numbers], "number"
-    )
+    tables = [Holder(table=torch.from_numpy(np.ascontiguousarray(n))) for n in numbers]
+    part = b.part(*tables, name=word)
     function = {"add": torch.add, "mul": torch.mul, "div": torch.div, "sub": torch.sub}.get(
         word, torch.add
     )
@@ -570,7 +570,7 @@ def concatenate(b: Builder, v: Val, other: Val) -> Val | None:
 
 
 def split(b: Builder, v: Val) -> Val | None:
-    """Cut in two; one half goes through an activation; joined again, perhaps the other way round."""
+    """Cut in two, one half activated, joined again, perhaps the other way round."""
     if not v.copies.cuts:
         return None
     base, wide = b.pick(v.copies.cuts)
@@ -646,7 +646,8 @@ def pool(b: Builder, v: Val) -> Val | None:
     if not v.first or not dims or min(v.space) < 2:
         return None
     constant = bool(np.any(v.copies.constant & (v.copies.value != 0)))
-    word = b.pick(("max", "avg", "adaptive") + (() if constant else ("padded",)))
+    padded = not constant and min(v.space) > 2
+    word = b.pick(("max", "avg", "adaptive", *(("padded",) if padded else ())))
     kind = {
         "max": (F.max_pool1d, F.max_pool2d, F.max_pool3d),
         "avg": (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d),
