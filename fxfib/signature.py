@@ -28,6 +28,8 @@ from fxfib.kernels import collapse, color
 # roundoffs times their sums of absolute values (each side contributes its own half).  Storing a term
 # costs one; float64 sums also round while they are added up, in the weights' making and here.
 ROUNDING_MULTIPLE = 4.0
+# With so few digits unrelated rows look parallel but for rounding: there, multiples must be exact.
+COARSE = 1e-5
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
@@ -250,12 +252,18 @@ def color_form(
     equal = exact.labels.numpy()
     _, first = np.unique(equal, return_index=True)
     chosen = torch.from_numpy(first)
+    leading = table[chosen]
+    allowed = None if bound is None else bound[chosen]
+    if 0 < roundoff < COARSE:
+        # A multiple of a stored row was rounded when it was stored.
+        stored = ROUNDING_MULTIPLE / 2 * roundoff * leading.abs().to(torch.float64)
+        allowed = stored if allowed is None else torch.maximum(allowed, stored)
     heads = color(
-        table[chosen],
+        leading,
         eps,
         criterion,
         must_match=None if match is None else match[chosen],
-        bound=None if bound is None else bound[chosen],
+        bound=allowed,
         scaled=True,
     )
     assert heads.scales is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from torch import fx
 
-from fxfib.coloring import Labels, first_appearance
+from fxfib.coloring import Labels, unique_rows
 from fxfib.passes.forward import Analysis, module_path
 from fxfib.passes.plan import Plan
 from fxfib.passes.relations import Ref, Same
@@ -115,7 +115,8 @@ def layer_labels(plan: Plan) -> dict[str, Labels]:
         if factor is None:
             labels = np.arange(analysis.shape(node)[axis])
         else:
-            labels = first_appearance(factor.keyed() if factor.constant.any() else factor.labels)
+            # Constants of different value are different fibers; factors do not matter here.
+            labels = unique_rows(factor.labels, np.where(factor.constant, factor.scales, 1.0))
         key, number = name, 1
         while key in found:
             number += 1

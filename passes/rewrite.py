@@ -200,18 +200,18 @@ class Rewriter:
 
         A ``bias`` next to a weight takes the weight's module path; anything else is a buffer.
         """
-        tensor = torch.as_tensor(np.asarray(value) if not isinstance(value, torch.Tensor) else value)
+        tensor = torch.as_tensor(value)
         like = [n for n in ([node] if node.op == "get_attr" else _leaves(node)) if n.op == "get_attr"]
-        if suffix == "bias" and node.op == "get_attr":
-            original = self._original(node)
-            prefix = str(node.target).rpartition(".")[0]
-            name = f"{prefix}.bias" if prefix else "bias"
-            tensor = tensor.to(original.dtype).to(original.device)
-            return self._attribute(name, tensor, requires_grad=original.requires_grad, like=like)
-        device = next(
-            (t.device for t in [*self.analysis.graph_module.parameters()]), torch.device("cpu")
-        )
-        tensor = tensor.to(dtype or tensor.dtype).to(device)
+        if suffix == "bias":
+            # It trains where its weight does, and has its dtype, however the weight is computed.
+            weight = self.analysis.constant(node)
+            tensor = tensor.to(weight.dtype).to(weight.device)
+            prefix = str(node.target).rpartition(".")[0] if node.op == "get_attr" else ""
+            name = f"{prefix}.bias" if prefix else f"{node.name}_bias"
+            trains = any(self._original(n).requires_grad for n in like)
+            return self._attribute(name, tensor, requires_grad=trains, like=like)
+        device = next((t.device for t in self.analysis.graph_module.parameters()), None)
+        tensor = tensor.to(dtype or tensor.dtype).to(device or "cpu")
         return self._attribute(f"_fxfib_{node.name}_{suffix}", tensor)
 
     def shape_arguments(self, node: fx.Node) -> list[Any]:

@@ -480,7 +480,7 @@ class Add(Affine):
     def examples(self) -> Iterable[Any]:
         from fxfib.passes.rules import examples
 
-        return examples.binary("add")
+        return [*examples.binary("add"), *examples.overload_cases(self.targets)]
 
 
 @register
@@ -497,7 +497,7 @@ class Multiply(Affine):
     def examples(self) -> Iterable[Any]:
         from fxfib.passes.rules import examples
 
-        return examples.binary("mul")
+        return [*examples.binary("mul"), *examples.overload_cases(self.targets)]
 
 
 @register
@@ -516,7 +516,7 @@ class Divide(Affine):
     def examples(self) -> Iterable[Any]:
         from fxfib.passes.rules import examples
 
-        return examples.binary("div")
+        return [*examples.binary("div"), *examples.overload_cases(self.targets)]
 
 
 def scale_by_constant(
@@ -553,7 +553,7 @@ class Jointly(Elementwise):
     def examples(self) -> Iterable[Any]:
         from fxfib.passes.rules import examples
 
-        return examples.binary("maximum")
+        return [*examples.binary("maximum"), *examples.overload_cases(self.targets)]
 
 
 @register
@@ -571,7 +571,7 @@ class Where(Elementwise):
     def examples(self) -> Iterable[Any]:
         from fxfib.passes.rules import examples
 
-        return examples.binary("where")
+        return [*examples.binary("where"), *examples.overload_cases(self.targets)]
 
 
 @register
@@ -587,4 +587,4 @@ class Pairwise(Elementwise):
     def examples(self) -> Iterable[Any]:
         from fxfib.passes.rules import examples
 
-        return examples.binary("pow")
+        return [*examples.binary("pow"), *examples.overload_cases(self.targets)]

@@ -294,13 +294,28 @@ def unary(targets: Iterable[Any], *, homogeneous: bool) -> list[Example]:
     """Every op of one number, by its overloads."""
     cases = Cases()
     for target in targets:
-        op = call_of(target)
-        if op is None:
+        if (op := call_of(target)) is None:
             continue
         name = target._schema.name.split("::")[1]
         labels = expected(scaled=homogeneous, constant=True)
         cases.add(f"{name}_{target._overloadname}", op, labels)
+    missed = expected(scaled=homogeneous, constant=True, near=True)
+    last = torch.relu if homogeneous else torch.tanh
+    cases.add("near", last, missed, near={0: "bias"})
     return [cases.example("all")]
+
+
+class Turned(nn.Module):
+    """A module on the transposed value."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transposed, through the module, and back."""
+        result: Tensor = self.inner(x.transpose(1, 2)).transpose(1, 2)
+        return result
 
 
 class With(nn.Module):
@@ -394,6 +409,45 @@ def binary(name: str) -> list[Example]:
         "itself", lambda x: op(x, x), expected(scaled=scaled and name != "sub", constant=True)
     )
     return [cases.example(name)]
+
+
+def overload_cases(targets: Iterable[Any]) -> list[Example]:
+    """Every overload of an op of two operands: two values of which one decides, value and number."""
+    cases = Cases("sequence")
+    for target in targets:
+        name = target._schema.name.split("::")[1]
+        types = [str(a.type) for a in target._schema.arguments if not a.has_default_value()][:3]
+        kept = {"rounding_mode": "floor"} if "mode" in target._overloadname else {}
+        boolean = name.startswith("bitwise")
+        number: Any = True if boolean else 0.7
+
+        def positive(x: Tensor, boolean: bool = boolean) -> Tensor:
+            return x > 0.1 if boolean else torch.sigmoid(x) + 0.3
+
+        def op(
+            *values: Tensor, target: Any = target, types: Any = types, number: Any = number,
+            kept: Any = kept, positive: Any = positive, name: str = name,
+        ) -> Tensor:  # fmt: skip
+            left = [positive(v) for v in values]
+            if types[-1] == "Tensor" and name == "masked_fill" and len(types) == 3:
+                number = torch.full((), number, dtype=values[0].dtype)
+            if name == "where" and types.count("Tensor") == 3:
+                left = [left[0], *left]
+            arguments = [left.pop(0) if t == "Tensor" and left else number for t in types]
+            if name == "where":
+                arguments[0] = arguments[0] > 0.7
+            if name == "masked_fill":
+                arguments[1] = arguments[1] > 0.7
+            result: Tensor = target(*arguments, **kept)
+            return result.to(values[0].dtype)
+
+        operands = min(types.count("Tensor"), 2)
+        if operands == 0 or any(t not in ("Tensor", "number") for t in types):
+            continue
+        labels = expected(constant=True, near=operands == 2)
+        cases.add(f"{name}_{target._overloadname}", op, dict.fromkeys(range(operands), labels),
+                  fronts=operands, near={1: "bias"} if operands == 2 else {})  # fmt: skip
+    return [cases.example("overloads")]
 
 
 def prelu() -> list[Example]:
@@ -625,13 +679,8 @@ def axis_norm(centered: bool) -> list[Example]:
     if centered:
         cases.add("two_axes", With(lambda x, w, b: F.layer_norm(x, (7, CHANNELS), w, b), two, two / 3),
                   on, unread=())  # fmt: skip
-    other = norm(shape=(7,))
-    cases.add(
-        "off",
-        lambda x: other(torch.relu(x).transpose(1, 2)).transpose(1, 2),
-        expected(unread=False),
-    )
-    cases.modules["off"].norm = other
+    off = nn.Sequential(nn.ReLU(), Turned(norm(shape=(7,))))
+    cases.add("off", off, expected(unread=False))
     return [cases.example("norm")]
 
 
