@@ -260,6 +260,8 @@ def joint_colors(seen: list[Operand], unscaled: Sequence[int] = ()) -> tuple[Lab
 def _like(numbers: Any, node: fx.Node) -> torch.Tensor:
     """Known numbers as a tensor: float64, or the node's own dtype where it is no float."""
     dtype = node.meta["val"].dtype
+    if node.meta["val"].ndim == 0:
+        numbers = numbers.flat[0]  # the same everywhere, and some ops insist on a plain number
     return torch.as_tensor(numbers).to(torch.float64 if dtype.is_floating_point else dtype)
 
 

@@ -416,7 +416,11 @@ def overload_cases(targets: Iterable[Any]) -> list[Example]:
     cases = Cases("sequence")
     for target in targets:
         name = target._schema.name.split("::")[1]
-        types = [str(a.type) for a in target._schema.arguments if not a.has_default_value()][:3]
+        types = [
+            str(a.type)
+            for a in target._schema.arguments
+            if not a.has_default_value() and not a.kwarg_only
+        ]
         kept = {"rounding_mode": "floor"} if "mode" in target._overloadname else {}
         boolean = name.startswith("bitwise")
         number: Any = True if boolean else 0.7
