@@ -19,10 +19,11 @@ from fxfib.errors import InputError, VerifyError
 from fxfib.kernels import CRITERIA
 from fxfib.macs import macs_of
 from fxfib.modules import FibrationModule, raise_modules, unshare
-from fxfib.passes.forward import Analysis, hint
+from fxfib.passes.forward import Analysis
 from fxfib.passes.groups import groups_of, layer_labels
 from fxfib.passes.plan import Plan, make_plan
 from fxfib.passes.rewrite import Rewriter, UnfitError
+from fxfib.passes.rules.base import hint
 from fxfib.passes.verify import TOLERANCE, Difference, difference, run_float64
 from fxfib.report import Report
 
@@ -227,7 +228,7 @@ def _report(
     captured: Captured, plan: Plan, rewritten: fx.GraphModule, eps: float, criterion: str
 ) -> Report:
     batch = _batch(captured)
-    tensors = [p for p in captured.source.parameters()] or [p for p in captured.source.buffers()]
+    tensors: list[torch.Tensor] = [*captured.source.parameters()] or [*captured.source.buffers()]
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in tensors})
     return Report(
         model=type(captured.source).__name__,

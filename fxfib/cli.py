@@ -11,12 +11,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import fxfib
 from fxfib.errors import ExportError, FxfibError, InputError, LoadError
 
 if TYPE_CHECKING:
+    from fxfib.modules import FibrationModule
     from fxfib.sources import Source
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -74,6 +75,7 @@ def _compile(options: argparse.Namespace) -> None:
         verify=options.verify,
         progress=options.progress,
     )
+    small = cast("FibrationModule", small)  # inputs were given
     report = small.fibration
     if options.output:
         fxfib.save(small, options.output)
@@ -90,8 +92,9 @@ def _compile(options: argparse.Namespace) -> None:
 def _color(options: argparse.Namespace) -> None:
     source = _load(options)
     args, kwargs = source.inputs(options.input)
-    extra = {"example_kwargs": kwargs} if kwargs else {}
-    coloring = fxfib.color(source.module, args, options.eps, options.symmetry, **extra)
+    coloring = fxfib.color(
+        source.module, args, options.eps, options.symmetry, example_kwargs=kwargs or None
+    )
     print(json.dumps(coloring.to_dict(), indent=2) if options.json else coloring)
 
 

@@ -75,7 +75,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts."""
-        return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
+        return dict(json.loads(json.dumps(asdict(self))))
 
     def to_json(self) -> str:
         """The same as JSON text."""

@@ -290,7 +290,7 @@ class PendingAxis:
     axis: int
 
 
-def initial_layout(analysis: Analysis, live: Mapping[Ref, Labels], ref: Ref) -> tuple[Any, Any]:
+def initial_layout(analysis: Analysis, live: Mapping[Ref, Any], ref: Ref) -> tuple[Any, Any]:
     """Starting labels and kept nodes of an axis, for the solver."""
     node, axis = ref
     if isinstance(axis, str):
@@ -306,7 +306,7 @@ def initial_layout(analysis: Analysis, live: Mapping[Ref, Labels], ref: Ref) -> 
     elif analysis.is_constant(node) or value.tracked(axis):
         labels, keep = np.zeros(size, np.int64), np.zeros(size, dtype=bool)
     else:
-        labels, keep = np.arange(size), np.ones(size, dtype=bool)
+        labels, keep = np.arange(size, dtype=np.int64), np.ones(size, dtype=bool)
     if ref in live and value.tracked(axis):
         keep = keep & live[ref]
     return labels, keep

@@ -62,13 +62,12 @@ def groups_of(plan: Plan) -> tuple[Group, ...]:
     component = _component(analysis)
     members: dict[Ref, list[tuple[str, Ref]]] = {}
     for name, node, axis in producers(analysis):
-        ref = (node, axis)
+        ref: Ref = (node, axis)
         members.setdefault(component.get(ref, ref), []).append((name, ref))
     reasons = {component.get(ref, ref): reason for ref, reason in plan.reasons.items()}
     groups = []
     for root, layers in members.items():
-        node, axis = layers[0][1]
-        layout = plan.layout(node, axis)
+        layout = plan.layout(*layers[0][1])
         slot = layout.slot
         constant, scaled = 0, 0
         # Constants are known where the coupled value was colored: behind the batch norm, say.

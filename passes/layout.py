@@ -23,14 +23,19 @@ from fxfib.kernels import collapse, merge
 class Reducer(Protocol):
     """A linear map of one axis of a parameter."""
 
-    full: int
+    @property
+    def full(self) -> int:
+        """Entries of the axis before."""
+        ...
 
     def apply(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
         """The tensor with ``axis`` of ``full`` entries mapped to its slots, in its own dtype."""
         ...
 
     @property
-    def identity(self) -> bool: ...
+    def identity(self) -> bool:
+        """Whether nothing changes."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)

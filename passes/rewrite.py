@@ -228,7 +228,7 @@ class Rewriter:
         result: Any = self.analysis.graph_module
         for part in str(node.target).split("."):
             result = getattr(result, part)
-        return result  # type: ignore[no-any-return]
+        return result
 
     def _attribute(
         self,
@@ -375,6 +375,7 @@ def propagate(
     if mode is None:
         raise AssertionError("a captured graph carries fake tensors")
     fakes: dict[int, Any] = {}
+    fake_mode = mode
 
     class Propagate(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
@@ -392,7 +393,7 @@ def propagate(
             tensor = super().fetch_attr(target)
             if isinstance(tensor, torch.Tensor):
                 if id(tensor) not in fakes:
-                    fakes[id(tensor)] = mode.from_tensor(tensor, static_shapes=True)
+                    fakes[id(tensor)] = fake_mode.from_tensor(tensor, static_shapes=True)
                 return fakes[id(tensor)]
             return tensor
 

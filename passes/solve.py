@@ -52,7 +52,8 @@ class Solver:
             emptied = [ref for ref, keep in self.keep.items() if len(keep) and not keep.any()]
             if not emptied:
                 break
-            self._keep(emptied[0], np.arange(len(self.keep[emptied[0]])) == 0, queue := deque())
+            queue: deque[Relation] = deque()
+            self._keep(emptied[0], _only(len(self.keep[emptied[0]]), 0), queue)
             self._settle(queue)
         if round_to is not None and round_to > 1:
             self._round(round_to)
@@ -140,7 +141,7 @@ class Solver:
         for position, ref in enumerate(move.out):
             others = tuple(a for a in range(index.ndim) if a != position)
             self._set(ref, self._meet(self.ids[ref], project(moved, position)), queue)
-            self._keep(ref, moved_keep.any(axis=others) if others else moved_keep, queue)
+            self._keep(ref, np.asarray(moved_keep.any(axis=others)), queue)
         out_ids, out_keep, _ = self._grid(move.out)
         out_ids = np.broadcast_to(out_ids, index.shape)
         out_keep = np.broadcast_to(out_keep, index.shape)
@@ -160,7 +161,7 @@ class Solver:
                 for position, ref in enumerate(source):
                     others = tuple(a for a in range(len(shape)) if a != position)
                     self._set(ref, self._meet(self.ids[ref], project(grid, position)), queue)
-                    self._keep(ref, grid_keep.any(axis=others) if others else grid_keep, queue)
+                    self._keep(ref, np.asarray(grid_keep.any(axis=others)), queue)
 
     def _occurrences(self, move: Move) -> Labels:
         """For each output element, how many earlier ones come from the same source element."""
@@ -196,6 +197,13 @@ class Solver:
                     split[member] = ids.max() + 1
                     self._set(ref, split, queue)
                 else:
-                    self._set(ref, unique_rows(ids, np.arange(size) == dropped[0]), queue)
-                    self._keep(ref, np.arange(size) == dropped[0], queue)
+                    self._set(ref, unique_rows(ids, _only(size, dropped[0])), queue)
+                    self._keep(ref, _only(size, dropped[0]), queue)
                 self._settle(queue)
+
+
+def _only(size: int, position: int) -> Mask:
+    """A mask of one position."""
+    mask = np.zeros(size, dtype=bool)
+    mask[position] = True
+    return mask

@@ -58,7 +58,7 @@ def is_tensor(node: object) -> bool:
 
 def hint(size: int | torch.SymInt) -> int:
     """The example's size of a dimension."""
-    return size if isinstance(size, int) else int(size.node.hint)
+    return size if isinstance(size, int) else int(size.node.hint)  # type: ignore[arg-type]
 
 
 class Rule:
@@ -193,6 +193,8 @@ def _reached(
         inside = positions[(positions >= start) & (positions < start + size)] - start
         start += size
         for ref, coordinate in zip(source, np.unravel_index(inside, shape), strict=True):
-            mask = np.zeros(analysis.shape(ref[0])[ref[1]], dtype=bool)  # type: ignore[index]
+            node, axis = ref
+            assert isinstance(axis, int)
+            mask: Mask = np.zeros(analysis.shape(node)[axis], dtype=np.bool_)
             mask[coordinate] = True
             yield ref, mask

@@ -95,7 +95,8 @@ def trace_blocks(
     for seed in list(together):
         if seed in done:
             continue
-        ins, outs = set(together[seed]), set()
+        ins: set[int] = set(together[seed])
+        outs: set[int] = set()
         while True:
             grown = {d for a in ins for d in range(moved.ndim) if varies(a, d)}
             more = {
@@ -454,7 +455,7 @@ class Roll(AlongAxis):
         for axis, cut in self.cuts(analysis, node).items():
             if analysis.value(source).tracked(axis):
                 size = analysis.shape(source)[axis]
-                analysis.relate(Refine((source, axis), np.arange(size) >= cut))
+                analysis.relate(Refine((source, axis), (np.arange(size) >= cut).astype(np.int64)))
         return super().forward(analysis, node)
 
     def cuts(self, analysis: Analysis, node: fx.Node) -> dict[int, int]:
