@@ -441,6 +441,8 @@ def parameter(b: Builder, v: Val) -> Val | None:
             table, wide = np.moveaxis(table, 0, -1), np.moveaxis(wide, 0, -1)
         numbers = table[None], wide[None]
         copies = v.copies
+        if not v.copies.plain:
+            b.unclaimed.append("position tables of which one row is a multiple of another")
     else:
         values = b.normal(size)
         if word in ("mul", "div"):
