@@ -1,6 +1,5 @@
 """Every oracle on one example: what the rules are tested with, and wrong rules are caught by."""
 
-import oracles
 import torch
 from torch import nn
 
@@ -9,6 +8,8 @@ from fxfib.capture import Captured, capture
 from fxfib.modules import raise_modules
 from fxfib.passes.rules.examples import Example
 from fxfib.passes.verify import difference, run_float64
+
+import oracles
 
 
 def as_dtype(example: Example, dtype: torch.dtype) -> tuple[nn.Module, tuple[object, ...]]:
