@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxfib.capture import clone_inputs, normalize_inputs, quiet, repeat_batch
+from fxfib.capture import normalize_inputs
 from fxfib.errors import ExportError, InputError
+from fxfib.exporting import clone_inputs, doubtful_sizes, quiet, repeat_batch
 from fxfib.files import move_into_place, staging_folder
-from fxfib.graph_tools import fixed_size
 from fxfib.onnx_check import first_line, verify_in_onnx_runtime
 from fxfib.onnx_flat import FlatModule
 from fxfib.passes.verify import Difference
@@ -121,7 +121,7 @@ def export_onnx(
             theirs = _names(output_names, flat.output_names, "output")
             if set(ours) & set(theirs):
                 theirs = [f"{name}_out" if name in ours else name for name in theirs]
-            proto_model = _export(flat, opset, dynamic_batch)
+            proto_model, more_sizes = _export(flat, opset, dynamic_batch, verify)
         _tidy(proto_model, ours, theirs)
         external = _external(proto_model, external_data)
         staged = folder / target.name
@@ -130,7 +130,7 @@ def export_onnx(
         sizes: tuple[int, ...] = ()
         if verify:
             with quiet():
-                result, sizes = verify_in_onnx_runtime(staged, flat, ours, theirs)
+                result, sizes = verify_in_onnx_runtime(staged, flat, ours, theirs, more_sizes)
         size = sum(file.stat().st_size for file in folder.iterdir())
         data = folder / f"{target.name}.data"
         if external:
@@ -160,10 +160,12 @@ def _names(given: Sequence[str] | None, found: list[str], kind: str) -> list[str
     return names
 
 
-def _export(flat: FlatModule, opset: int, dynamic_batch: bool) -> Any:
-    """The model as an `onnx_ir.Model`."""
+def _export(
+    flat: FlatModule, opset: int, dynamic_batch: bool, verify: bool
+) -> tuple[Any, tuple[int, ...]]:
+    """The model as an `onnx_ir.Model`, and batch sizes at which it has to be checked."""
     examples: tuple[Any, ...] = flat.examples
-    wide, _, repeated = repeat_batch(examples, {}) if dynamic_batch else (examples, {}, False)
+    wide = repeat_batch(examples, {})[0]
     attempts = [(wide, dynamic_batch)] + ([(examples, False)] if dynamic_batch else [])
     failure: Exception | None = None
     for tensors, dynamic in attempts:
@@ -174,25 +176,18 @@ def _export(flat: FlatModule, opset: int, dynamic_batch: bool) -> Any:
             program = torch.export.export(
                 flat, clone_inputs(tensors), dynamic_shapes=(shapes,), strict=False
             )
-            if repeated and dynamic and not _first_axis_is_free(program):
+            sizes = doubtful_sizes(program) if dynamic else ()
+            if sizes is None or (sizes and not verify):
                 continue
             with contextlib.redirect_stdout(io.StringIO()):
                 exported = torch.onnx.export(
                     program, dynamo=True, opset_version=opset, verbose=False, optimize=True
                 )
-            return exported.model  # type: ignore[union-attr]
+            return exported.model, sizes  # type: ignore[union-attr]
         except Exception as error:  # the exporter raises anything
             failure = error
     name = type(flat.module).__name__
     raise ExportError(f"{name} cannot be written as ONNX: {first_line(failure)}") from failure
-
-
-def _first_axis_is_free(program: torch.export.ExportedProgram) -> bool:
-    names = program.graph_signature.user_inputs
-    values = [
-        n.meta["val"] for n in program.graph.nodes if n.op == "placeholder" and n.name in names
-    ]
-    return bool(values) and values[0].ndim > 0 and fixed_size(values[0].shape[0]) is None
 
 
 def _tidy(model: Any, inputs: Sequence[str], outputs: Sequence[str]) -> None:

@@ -7,14 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxfib.capture import clone_inputs
 from fxfib.errors import ExportError
+from fxfib.exporting import clone_inputs
 from fxfib.onnx_flat import FlatModule
 from fxfib.passes.verify import TOLERANCE, Difference, difference
 
 
 def verify_in_onnx_runtime(
-    staged: Path, flat: FlatModule, inputs: Sequence[str], outputs: Sequence[str]
+    staged: Path,
+    flat: FlatModule,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    more_sizes: Sequence[int] = (),
 ) -> tuple[Difference, tuple[int, ...]]:
     """Runs the file on the example inputs and, where the batch is free, on one example more.
 
@@ -23,6 +27,7 @@ def verify_in_onnx_runtime(
         flat: what it was made from.
         inputs: names of the file's inputs, one per tensor of `flat.examples`.
         outputs: names of its outputs.
+        more_sizes: batch sizes to run as well.
 
     Returns:
         The worst difference of any output, and the batch sizes that were run.
@@ -49,7 +54,9 @@ def verify_in_onnx_runtime(
         for name, tensor in zip(inputs, flat.examples, strict=True)
     ]
     if flat.examples and free[0]:
-        batches.append(_another_batch(flat.examples, free))
+        size = flat.examples[0].shape[0]
+        others = sorted({size + 1, *more_sizes} - {size})
+        batches += [_another_batch(flat.examples, free, other) for other in others]
     worst = Difference(0.0, 0.0)
     sizes = []
     for tensors in batches:
@@ -75,22 +82,23 @@ def verify_in_onnx_runtime(
         dtypes = [t.dtype for t in (*expected, *flat.parameters()) if t.is_floating_point()]
         tolerance = max((TOLERANCE.get(dtype, 1e-4) for dtype in dtypes), default=0.0)
         if gap.relative > tolerance:
+            advice = "; export with dynamic_batch=False" if len(sizes) > 1 else ""
             raise ExportError(
                 f"the ONNX model differs from torch by {gap.relative:.2g} of the largest output "
-                f"at batch size {sizes[-1]} (tolerance {tolerance:.0e}); nothing was written."
+                f"at batch size {sizes[-1]} (tolerance {tolerance:.0e}), so nothing was written"
+                f"{advice}."
             )
     return worst, tuple(sizes)
 
 
-def _another_batch(examples: tuple[Tensor, ...], free: Sequence[bool]) -> tuple[Tensor, ...]:
-    """One more example than before, in another order, in every input whose batch is free."""
-    size = examples[0].shape[0]
-
-    def extended(tensor: Tensor) -> Tensor:
-        return torch.cat([tensor.flip(0), tensor[:1]])
-
+def _another_batch(
+    examples: tuple[Tensor, ...], free: Sequence[bool], size: int
+) -> tuple[Tensor, ...]:
+    """Another number of examples, in another order, in every input whose batch is free."""
+    before = examples[0].shape[0]
+    rows = torch.arange(size).flip(0) % before
     return tuple(
-        extended(tensor) if is_free and tensor.shape[0] == size else tensor
+        tensor[rows.to(tensor.device)] if is_free and tensor.shape[0] == before else tensor
         for tensor, is_free in zip(examples, free, strict=True)
     )
 

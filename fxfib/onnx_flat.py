@@ -7,8 +7,8 @@ from typing import Any
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from fxfib.capture import run_on_examples
 from fxfib.errors import ExportError
+from fxfib.exporting import run_on_examples
 
 
 class FlatModule(nn.Module):

@@ -311,14 +311,20 @@ def test_fixed_batch_is_noted() -> None:
     assert_same(run(captured, x), model(x))
 
 
-def test_batch_that_only_branches_on_one() -> None:
-    def branches(y: Tensor) -> Tensor:
-        return y * 5 if y.shape[0] == 1 else y * 2
-
-    model = Lambda(branches).eval()
-    x = torch.randn(1, 6)
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize(
+    "condition",
+    [
+        *(lambda n: n == 1, lambda n: n > 3, lambda n: n >= 3, lambda n: n % 2 == 0),
+        *(lambda n: n != 7, lambda n: n < 100),
+    ],
+)
+def test_batch_size_that_decides_a_branch(condition: Callable[[int], bool], size: int) -> None:
+    model = Lambda(lambda y: y * 5 if condition(y.shape[0]) else y * 2).eval()
+    x = torch.randn(size, 6)
     captured = capture(model, x)
     assert not captured.dynamic_batch
+    assert "batch size is fixed" in captured.notes[0]
     assert_same(run(captured, x), model(x))
 
 
