@@ -199,14 +199,27 @@ def collapse_columns(
     return rows.reshape(out, -1), bound.reshape(out, -1), offset, offset_bound, column_colors
 
 
-def nearby_short(scales: Floats, roundoff: float) -> Floats:
+def nearby_short(scales: Floats, tolerance: Floats) -> Floats:
     """Scales that are a short number but for rounding, as that number; the others as they are.
 
     Nodes that are made of several must have equal ratios of scales, and 2 is not 2 + 4e-16.
     """
     mantissa, exponent = np.frexp(scales)
     short = np.ldexp(np.round(mantissa * 2**12) / 2**12, exponent)
-    return np.where(np.abs(short - scales) <= 8 * roundoff * np.abs(scales), short, scales)
+    return np.where(np.abs(short - scales) <= tolerance * np.abs(scales), short, scales)
+
+
+def scale_tolerance(
+    rows: torch.Tensor, bound: torch.Tensor | None, labels: Labels, roundoff: float
+) -> Floats:
+    """How far a scale may be off, relatively: it is a ratio of two largest entries of rows."""
+    result = np.full(len(labels), 8 * roundoff)
+    if bound is None or not rows.shape[1]:
+        return result
+    size, place = rows.abs().to(torch.float64).max(1, keepdim=True)
+    own = (bound.gather(1, place) / size.clamp(min=1e-300)).squeeze(1).numpy()
+    _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
+    return result + own + own[first][inverse.reshape(-1)]
 
 
 def color_form(
@@ -222,7 +235,7 @@ def color_form(
         form: the affine form of ``size`` nodes.
         eps: fiber precision of the criterion, 0 for exact.
         criterion: as in :func:`fxfib.kernels.color`.
-        roundoff: unit roundoff of the parameters; 0 leaves the scales as they come out.
+        roundoff: unit roundoff of the parameters; 0: a scale is as exact as its rows are.
     """
     axis, space = form.axis, ("colored", form.space, id(form))
     if size == 0:
@@ -268,6 +281,7 @@ def color_form(
     )
     assert heads.scales is not None
     labels = heads.labels.numpy()[equal] + FIRST_FREE
-    scales = nearby_short(heads.scales.numpy(), roundoff)[equal]
+    tolerance = scale_tolerance(leading, allowed, heads.labels.numpy(), roundoff)
+    scales = nearby_short(heads.scales.numpy(), tolerance)[equal]
     labels, scales = with_constants(labels, scales, constant, form.offset)
     return Factor((axis,), labels, scales, space)
