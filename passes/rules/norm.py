@@ -44,7 +44,7 @@ class BatchNorm(Rule):
         source = bound["input"]
         value = analysis.value(source)
         if not value.tracked(1):
-            return Value(analysis.shape(node))
+            return self.beside(analysis, node, source)
         size = value.shape[1]
         gamma = _numbers(analysis, bound["weight"], size, 1.0)
         beta = _numbers(analysis, bound["bias"], size, 0.0)
@@ -68,6 +68,16 @@ class BatchNorm(Rule):
             analysis.relate(Same((node, 1), (source, 1)))
             return Value(analysis.shape(node), (), form)
         return pass_form(analysis, node, source, form, gain)
+
+    @staticmethod
+    def beside(analysis: Analysis, node: fx.Node, source: fx.Node) -> Value:
+        """Colors along other axes: every position meets the same affine maps."""
+        factors = []
+        for axis, factor in analysis.factors(source).items():
+            space = (str(node.target), node.name, factor.space)
+            factors.append(opened(factor, scales=False, constants=False, space=space))
+            analysis.relate(Same((node, axis), (source, axis)))
+        return Value(analysis.shape(node), tuple(factors))
 
     def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
         bound = rewriter.analysis.arguments(node)
