@@ -173,6 +173,8 @@ def tied_inputs(
         if isinstance(relation, Same) and relation.a[0] is node and relation.a[1] in live:
             yield relation.b, live[relation.a[1]]  # type: ignore[index]
         elif isinstance(relation, Move) and all(out[0] is node for out in relation.out):
+            if any(isinstance(axis, str) for source in relation.sources for _, axis in source):
+                continue  # of axes inside the op: it says how slots lie, not what is read
             chosen = np.ones(relation.index.shape, dtype=bool)
             for place, (_, axis) in enumerate(relation.out):
                 shape = [1] * relation.index.ndim

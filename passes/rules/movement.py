@@ -230,9 +230,30 @@ class Rearrange(Movement):
 
     targets = overloads(
         *("permute", "transpose", "t", "squeeze", "unsqueeze", "movedim", "moveaxis", "swapaxes"),
-        *("numpy_T", "mT", "adjoint", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
+        *("numpy_T", "mT", "adjoint", "pixel_shuffle", "pixel_unshuffle"),
         *("flatten", "ravel", "swapdims"),
     ) + (aten.repeat_interleave.self_int,)
+
+
+@register
+class ChannelShuffle(Movement):
+    """Groups and the channels in them are exchanged: both layouts must be products."""
+
+    targets = overloads("channel_shuffle")
+
+    def forward(self, analysis: Analysis, node: fx.Node) -> Value:
+        source, groups = node.args
+        assert isinstance(source, fx.Node) and isinstance(groups, int)
+        if analysis.value(source).tracked(1):
+            size = analysis.shape(source)[1]
+            group = analysis.inner(node, "groups", groups)
+            inside = analysis.inner(node, "inside", size // groups)
+            analysis.relate(
+                Move(((source, 1),), ((group, inside),), np.arange(size)),
+                Move(((node, 1),), ((inside, group),), np.arange(size)),
+                Full(group, "the number of groups of a channel shuffle stays"),
+            )
+        return super().forward(analysis, node)
 
 
 @register
