@@ -220,8 +220,20 @@ class Analysis:
             for source in node.all_input_nodes:
                 remaining[source] -= 1
                 if remaining[source] == 0 and source in self.values:
+                    if any(self._reads_shared(user) for user in source.users):
+                        self.color(source)  # the plan asks for the colors of all such inputs
                     self.release(source)
         return self
+
+    def _reads_shared(self, node: fx.Node) -> bool:
+        """Whether a node reads a parameter that another node reads too."""
+        pending = [source for source in node.all_input_nodes if self.is_constant(source)]
+        while pending:
+            source = pending.pop()
+            if len(source.users) > 1:
+                return True
+            pending += source.all_input_nodes
+        return False
 
     def release(self, node: fx.Node) -> None:
         """Forget the rows of a value that everybody has read (they may be copies of weights)."""
@@ -267,8 +279,19 @@ class Analysis:
             return
         finally:
             self._current = None
+        self._hold_the_rest(node)
         if node in self.skip:
             self.full(node, None, "the user asked to skip it")
+
+    def _hold_the_rest(self, node: fx.Node) -> None:
+        """What a rule says nothing of must not change under its op."""
+        if self.values[node].parts is not None:
+            return  # the items speak for them
+        named = {ref for relation in self.by_node.get(node, ()) for ref in relation.refs}
+        for source in node.all_input_nodes:
+            if is_tensor(source) and not self.is_constant(source):
+                rest = [a for a in self.value(source).tracked_axes if (source, a) not in named]
+                self.full(source, rest, f"the rule of {op_name(node)} does not follow this axis")
 
     def barrier(self, node: fx.Node, reason: str, remedy: str) -> None:
         """Expand every input to full width; the output's nodes are all distinct."""
