@@ -9,7 +9,7 @@ from fxfib.passes.verify import difference
 
 from strategies import plant
 
-SEEDS = range(48)
+SEEDS = range(32)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -47,5 +47,5 @@ def test_copies_are_no_plain_duplicates() -> None:
             if "linear" in name and name.endswith("weight") and parameter.shape[1] > 5:
                 rows += parameter.shape[0]
                 duplicates += parameter.shape[0] - len(np.unique(parameter.detach(), axis=0))
-    assert rows > 200
+    assert rows > 100
     assert duplicates < rows // 20
