@@ -106,7 +106,7 @@ def _agree(node: fx.Node, tensor: Tensor, factor: Factor, tolerance: float) -> i
     )
     if table.shape[1] == 0:
         return 0
-    wide = table.to(torch.float64)
+    wide = table.detach().to(torch.float64)
     finite = wide[torch.isfinite(wide)]
     size = float(finite.abs().max()) if len(finite) else 1.0
     size = size if size > 0 else 1.0

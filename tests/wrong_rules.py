@@ -253,7 +253,7 @@ def padding_does_not_count_in_pools(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(pooling.AveragePool, "keeps_constants", lambda self, analysis, node: True)
 
 
-@wrong("Unary", "sigmoid_default", "tanh_default", "relu6_default")
+@wrong("Unary", "sigmoid_default", "tanh_default", "gelu_default")
 def scale_passes_a_sigmoid(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(elementwise.Unary, "homogeneity", "joint")
 

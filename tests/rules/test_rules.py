@@ -34,6 +34,12 @@ ROUNDED = [
     *("BatchNorm-linear", "BatchNorm-compensated", "LayerNorm-norm", "GroupNorm-group_norm"),
     *("Add-add", "PReLU-prelu"),
 ]
+#: A second capture costs as much as all the rest; these cover every kind of layer and movement.
+COMPILED_TWICE = [
+    *("Linear-linear", "Convolution-Conv1d", "Convolution-ConvTranspose1d", "BatchNorm-Conv2d"),
+    *("LayerNorm-norm", "GroupNorm-group_norm", "Rearrange-sequence", "Concatenate-cat"),
+    *("PReLU-prelu", "ConstantPad-pad", "Add-add"),
+]
 
 
 def fresh(name: str) -> Example:
@@ -48,7 +54,8 @@ def captured_at_float64(name: str) -> Captured:
 @pytest.mark.parametrize("name", TABLE)
 def test_every_oracle_at_float64(name: str) -> None:
     small = rule_checks.check_all(TABLE[name], torch.float64, captured_at_float64(name))
-    rule_checks.check_again(small, TABLE[name].inputs)
+    if name in COMPILED_TWICE:
+        rule_checks.check_again(small, TABLE[name].inputs)
 
 
 @pytest.mark.parametrize("name", ROUNDED)
@@ -65,9 +72,10 @@ def test_values_at_half_precision(name: str, dtype: torch.dtype) -> None:
 
 def test_every_family_has_a_near_miss() -> None:
     """Some case merges less than another of the same family."""
-    for name, rule in distinct_rules().items():
-        slots = {labels for example in rule.examples() for labels in example.slots.values()}
-        assert len(slots) > 1, f"{name}: all its cases merge alike"
+    slots: dict[str, set[tuple[int, ...]]] = {}
+    for name, example in TABLE.items():
+        slots.setdefault(name.partition("-")[0], set()).update(example.slots.values())
+    assert [name for name, found in slots.items() if len(found) < 2] == []
 
 
 def test_examples_reach_the_registered_ops() -> None:
