@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import logging
 import warnings
 from collections.abc import Iterator
@@ -33,6 +34,8 @@ def export(
     if isinstance(first, Exception):
         # Is it the inputs, an output type, or the free batch size?  One plain run tells.
         outputs = run_on_examples(model, args, kwargs)
+        if _is_data_dependent(first):
+            raise _explain(model, first)  # a fixed batch size would not help
         if _register_dataclasses(outputs):
             first = _try_export(model, wide_args, wide_kwargs, dynamic=True)
     if not isinstance(first, Exception) and (doubtful := doubtful_sizes(first)) is not None:
@@ -160,6 +163,10 @@ def run_on_examples(model: nn.Module, args: Any, kwargs: Any) -> Any:
         ) from error
 
 
+def _is_data_dependent(error: Exception) -> bool:
+    return "data-dependent" in str(error) or "DataDependent" in type(error).__name__
+
+
 def _explain(model: nn.Module, error: Exception) -> CaptureError:
     """One sentence for whatever `torch.export` raised, with the user's own line."""
     text = str(error)
@@ -174,7 +181,7 @@ def _explain(model: nn.Module, error: Exception) -> CaptureError:
     line = user_line("\n".join(trace)) or user_line(text)
     place = f" at {line}" if line else ""
     name = type(model).__name__
-    if "data-dependent" in text or "DataDependent" in type(error).__name__:
+    if _is_data_dependent(error):
         explained = CaptureError(
             f"{name} has data-dependent control flow{place}: what runs next depends on the values "
             "of a tensor; use torch.where or move the decision out of the model."
@@ -188,11 +195,15 @@ def _explain(model: nn.Module, error: Exception) -> CaptureError:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings or log lines of the exporter: what matters is in the notes and the errors."""
+    """No warnings, log lines or printed graphs: what matters is in the notes and the errors."""
     previous = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -1,5 +1,6 @@
 """Small helpers on ATen graphs: new nodes with values, sizes as arguments, the user's own line."""
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,8 +25,8 @@ DROPOUTS = frozenset(
     }
 )
 
-_TORCH_FOLDER = str(Path(torch.__file__).parent)
-_OWN_FOLDER = str(Path(__file__).resolve().parent)
+_TORCH_FOLDER = str(Path(torch.__file__).parent) + os.sep
+_OWN_FOLDER = str(Path(__file__).resolve().parent) + os.sep
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 

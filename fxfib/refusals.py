@@ -19,6 +19,9 @@ _QUANTIZED_PACKAGES = (
     "torch.nn.quantized",
 )
 
+# They wait in floating-point models for a quantization that has not happened.
+_STILL_FLOAT = ("FloatFunctional", "FXFloatFunctional")
+
 
 def unwrap(model: Any) -> nn.Module:
     """The module inside `torch.compile`, `DataParallel` and `DistributedDataParallel` wrappers.
@@ -57,7 +60,8 @@ def refuse_unsupported(model: nn.Module, *, empty: bool = False) -> None:
             a tensor subclass, or NaN/Inf in a floating tensor.
     """
     for path, module in model.named_modules():
-        if type(module).__module__.startswith(_QUANTIZED_PACKAGES):
+        kind = type(module)
+        if kind.__module__.startswith(_QUANTIZED_PACKAGES) and kind.__name__ not in _STILL_FLOAT:
             raise RefusedError(
                 f"{path or 'the model'} is a quantized {type(module).__name__}; "
                 "compile the floating-point model first and quantize the result."

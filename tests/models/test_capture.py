@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.utils._pytree as pytree
+import torchvision
 from model_zoo import CASES, Case, Reused, Tied, captured_case, mlp, randomize
 from torch import Tensor, fx, nn
 
 from fxfib.capture import Captured, capture
 from fxfib.errors import CaptureError, InputError, RefusedError
+from fxfib.graph_tools import user_line
 
 aten = torch.ops.aten
 
@@ -544,7 +546,7 @@ def test_training_batch_norm_changes_nothing() -> None:
         assert torch.equal(tensor, before[name])
 
 
-def test_data_dependent_control_flow_names_the_line() -> None:
+def test_data_dependent_control_flow_names_the_line(capfd: pytest.CaptureFixture[str]) -> None:
     def branches(y: Tensor) -> Tensor:
         if y.sum() > 0:
             return y
@@ -554,6 +556,21 @@ def test_data_dependent_control_flow_names_the_line() -> None:
     with pytest.raises(CaptureError, match=rf"data-dependent.*test_capture\.py:{line}:") as caught:
         capture(Lambda(branches).eval(), torch.randn(2, 6))
     assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_line_in_a_package_whose_name_begins_like_torch() -> None:
+    inside = torch.__file__
+    beside = inside.replace("/torch/", "/torchvision/")
+    trace = f'File "{beside}", line 7, in forward\n  File "{inside}", line 9, in call'
+    assert user_line(trace) == f"{beside}:7"
+    assert user_line(f'File "{inside}", line 9, in call') is None
+
+
+def test_model_prepared_for_quantization() -> None:
+    model = torchvision.models.quantization.resnet18(weights=None, quantize=False).eval()
+    x = torch.randn(2, 3, 32, 32)
+    assert_same(run(capture(model, x), x), model(x))
 
 
 @pytest.mark.parametrize(
