@@ -1,131 +1,22 @@
 """The raise: an ATen graph becomes a module of ordinary modules under the user's own names."""
 
-import copy
 import operator
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from fxfib.calling import Calling, calling_of, code_generator
+from fxfib.calling import calling_of
 from fxfib.capture import Captured
-from fxfib.graph_json import decode_graph, encode_graph
+from fxfib.fibration_module import FibrationModule
 from fxfib.graph_tools import module_path
 from fxfib.program import same_tensor_key
-from fxfib.raising import RECURRENT, Raised, functional_dropout, raised_of
+from fxfib.raise_weighted import RECURRENT
+from fxfib.raised import Raised
+from fxfib.raising import functional_dropout, raised_of
 from fxfib.simplify import eliminate_dead_code
 
-# What `fx.GraphModule` keeps of its own, made anew when a copy is made.
-_OWN_STATE = frozenset(
-    {
-        "_graph",
-        "_code",
-        "_lineno_map",
-        "_prologue_start",
-        "_tracer_cls",
-        "_tracer_extras",
-        "_calling",
-        "_class_name",
-    }
-)
-
-
-class FibrationModule(fx.GraphModule):
-    """A compiled model: a graph of ordinary modules, called like the user's own.
-
-    It trains, evaluates, copies, pickles, compiles and exports like any `nn.Module`; moved to
-    another device, the constants in its graph move along.  `fibration` is the report of the
-    compilation, or None.
-
-    `torch.export` calls every graph module by position: give it keyword arguments in the order of
-    `forward`.
-    """
-
-    fibration: Any
-    _calling: Calling
-
-    def __init__(
-        self, root: nn.Module, graph: fx.Graph, calling: Calling, class_name: str = "Model"
-    ) -> None:
-        # The tree is taken over as it is: `fx.GraphModule` copies attribute by attribute, which
-        # loses their order and which buffers are persistent.
-        super().__init__(nn.Module(), fx.Graph(), class_name)
-        self._calling = calling
-        self._class_name = class_name
-        self.fibration = None
-        self.training = root.training
-        for own, theirs in (
-            (self._parameters, root._parameters),
-            (self._buffers, root._buffers),
-            (self._modules, root._modules),
-        ):
-            own.update(theirs)  # type: ignore[arg-type]
-        self._non_persistent_buffers_set.update(root._non_persistent_buffers_set)
-        graph.set_codegen(code_generator(calling))
-        self.graph = graph
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FibrationModule":
-        before = _device_of(self)
-        super()._apply(fn, recurse)
-        after = _device_of(self)
-        if before != after:
-            _move_constants(self.graph, before, after)
-            self.recompile()
-        return self
-
-    def _state(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key not in _OWN_STATE}
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # By its graph: the base class would run the code again to get one, which not all code
-        # survives.
-        arguments = (encode_graph(self.graph), self._calling.to_json(), self._class_name)
-        return _rebuild, arguments, self._state()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "FibrationModule":
-        result = FibrationModule(nn.Module(), _copy_graph(self), self._calling, self._class_name)
-        memo[id(self)] = result
-        vars(result).update(copy.deepcopy(self._state(), memo))
-        return result
-
-    def __copy__(self) -> "FibrationModule":
-        result = FibrationModule(nn.Module(), _copy_graph(self), self._calling, self._class_name)
-        vars(result).update(self._state())
-        return result
-
-
-def _rebuild(graph: dict[str, Any], calling: dict[str, Any], class_name: str) -> FibrationModule:
-    convention = Calling.from_json(calling)
-    return FibrationModule(nn.Module(), decode_graph(graph), convention, class_name)
-
-
-def _copy_graph(module: FibrationModule) -> fx.Graph:
-    graph = fx.Graph()
-    output = graph.graph_copy(module.graph, {})
-    graph.output(output)
-    return graph
-
-
-def _device_of(module: nn.Module) -> torch.device | None:
-    for tensors in (module.parameters(), module.buffers()):
-        for tensor in tensors:
-            return tensor.device
-    return None
-
-
-def _move_constants(
-    graph: fx.Graph, before: torch.device | None, after: torch.device | None
-) -> None:
-    def moved(value: Any) -> Any:
-        return after if isinstance(value, torch.device) and value == before else value
-
-    for node in graph.nodes:
-        node.args = fx.node.map_aggregate(node.args, moved)
-        node.kwargs = fx.node.map_aggregate(node.kwargs, moved)
-
-
-# --------------------------------------------------------------------------------- the raise
+__all__ = ["FibrationModule", "raise_modules", "unshare"]
 
 
 def raise_modules(graph_module: fx.GraphModule, captured: Captured) -> FibrationModule:
@@ -191,6 +82,9 @@ def _choose(
     taken = {name for name, _ in source.named_modules()}
     taken |= {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
 
+    # What has parameters below it is no activation, whatever the module stack says.
+    parents = {name.rpartition(".")[0] for name in taken}
+
     def tensor_of(target: str) -> Tensor:
         return _find(graph_module, target)[0]
 
@@ -209,19 +103,13 @@ def _choose(
             if first[call.path].same_module(call):
                 raised[node] = call
             continue
-        if not call.tensors and (
-            hasattr(fx.GraphModule, call.path) or call.path in _parents(taken)
-        ):
+        if not call.tensors and (hasattr(fx.GraphModule, call.path) or call.path in parents):
             continue
         module = call.build(tensor_of)
         if module is not None:
             _complete(module, call.path, source)
             raised[node], first[call.path], modules[call.path] = call, call, module
     return raised, modules
-
-
-def _parents(names: Iterable[str]) -> set[str]:
-    return {name.rpartition(".")[0] for name in names}
 
 
 def _free_path(parent: str, name: str, taken: set[str], modules: dict[str, nn.Module]) -> str:

@@ -60,8 +60,8 @@ def refuse_unsupported(model: nn.Module, *, empty: bool = False) -> None:
             a tensor subclass, or NaN/Inf in a floating tensor.
     """
     for path, module in model.named_modules():
-        kind = type(module)
-        if kind.__module__.startswith(_QUANTIZED_PACKAGES) and kind.__name__ not in _STILL_FLOAT:
+        cls = type(module)
+        if cls.__module__.startswith(_QUANTIZED_PACKAGES) and cls.__name__ not in _STILL_FLOAT:
             raise RefusedError(
                 f"{path or 'the model'} is a quantized {type(module).__name__}; "
                 "compile the floating-point model first and quantize the result."

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from fxfib._version import __version__
 from fxfib.calling import Calling
 from fxfib.errors import ExportError, LoadError
+from fxfib.fibration_module import FibrationModule
 from fxfib.files import move_into_place, staging_folder
 from fxfib.graph_json import decode_graph, encode_graph
-from fxfib.modules import FibrationModule
 from fxfib.program import same_tensor_key
 
 FORMAT = 1
