@@ -169,7 +169,6 @@ def test_compile_refuses_nan_by_name(run: Run, workdir: Path) -> None:
         (["--input", "3x"], ["3x"]),
         (["--input", "complex:3"], ["complex:3"]),
         (["--input", "float32:3:7"], ["float32:3:7", "bound"]),
-        (["--input", "5x4"], []),
         (["--output", "same", "--onnx", "./same"], ["same path"]),
     ],
 )
@@ -180,6 +179,13 @@ def test_wrong_arguments(run: Run, workdir: Path, arguments: list[str], words: l
     assert_one_line_error(err, *words)
     assert out == ""
     assert leftovers(workdir) == []
+
+
+def test_input_of_the_wrong_size(run: Run, workdir: Path) -> None:
+    code, out, err = run("compile", MODEL, "--input", "5x4")
+    assert code == 1  # well written, but not what the model takes
+    assert_one_line_error(err, "does not run on the example inputs")
+    assert out == "" and leftovers(workdir) == []
 
 
 def test_missing_input_shape(run: Run) -> None:
