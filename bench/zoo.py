@@ -123,7 +123,9 @@ def run_one(name: str, limit: float) -> dict[str, Any]:
         row = queue.get()
     if not row:
         late = process.is_alive()
-        row = {"failure": f"no answer in {limit:.0f} s" if late else f"exit code {process.exitcode}"}
+        row = {
+            "failure": f"no answer in {limit:.0f} s" if late else f"exit code {process.exitcode}"
+        }
     process.kill() if process.is_alive() else None
     process.join()
     return {"model": name, **row}

@@ -93,14 +93,21 @@ def check_options(eps: float, criterion: str, calibration: Any, round_to: int | 
     Raises:
         InputError: see :func:`compile`.
     """
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not math.isfinite(eps) or eps < 0:
+    if (
+        isinstance(eps, bool)
+        or not isinstance(eps, (int, float))
+        or not math.isfinite(eps)
+        or eps < 0
+    ):
         raise InputError(f"eps must be a number that is zero or positive and finite, not {eps!r}.")
     if criterion not in CRITERIA:
         known = ", ".join(repr(name) for name in CRITERIA)
         raise InputError(f"unknown criterion {criterion!r}; known: {known}.")
     if calibration is not None:
         raise InputError("calibration is not available in this version; leave it None.")
-    if round_to is not None and (isinstance(round_to, bool) or round_to < 1 or round_to != int(round_to)):
+    if round_to is not None and (
+        isinstance(round_to, bool) or round_to < 1 or round_to != int(round_to)
+    ):
         raise InputError(f"round_to must be a positive whole number, not {round_to!r}.")
 
 
@@ -159,7 +166,9 @@ def shrink(
     barriers: dict[fx.Node, str] = {}
     while True:
         step("color")
-        analysis = Analysis(graph_module, eps, criterion, barriers, skipped_nodes(graph_module, skip))
+        analysis = Analysis(
+            graph_module, eps, criterion, barriers, skipped_nodes(graph_module, skip)
+        )
         analysis.run()
         step("plan")
         plan = make_plan(analysis, round_to)

@@ -120,7 +120,9 @@ class Factor:
         scales = np.where(constant.all(1), 1.0, np.take_along_axis(values, free[:, None], 1)[:, 0])
         ratio = np.where(labels == ZERO, 1.0, values / scales[:, None])
         same = project(unique_rows(labels, ratio), 0) + FIRST_FREE
-        single = constant.all(1) & (labels == labels[:, :1]).all(1) & (values == values[:, :1]).all(1)
+        single = (
+            constant.all(1) & (labels == labels[:, :1]).all(1) & (values == values[:, :1]).all(1)
+        )
         number = np.where(labels[:, 0] == ONE, values[:, 0], 0.0)
         same, scales = with_constants(same, scales, single, number)
         return Factor((axis,), same, scales, renumbered(self.space))

@@ -137,15 +137,19 @@ class Split:
         share = generator.uniform(0.25, 1.0, len(copies))
         share /= np.bincount(copies, share, layout.full)[copies]
         result = wide[torch.from_numpy(copies).to(wide.device)]
-        result = result * torch.from_numpy(share).to(wide.device).reshape(-1, *[1] * (wide.ndim - 1))
+        result = result * torch.from_numpy(share).to(wide.device).reshape(
+            -1, *[1] * (wide.ndim - 1)
+        )
         size = float(wide.abs().mean()) if wide.numel() else 0.0
         change = torch.from_numpy(generator.standard_normal(shape)).to(wide.device)
         times = np.bincount(copies, minlength=layout.full)
         index = torch.from_numpy(copies).to(wide.device)
         mean = torch.zeros(wide.shape, dtype=torch.float64, device=wide.device)
         mean.index_add_(0, index, change)
-        mean /= torch.from_numpy(np.maximum(times, 1)).to(wide.device).reshape(
-            -1, *[1] * (wide.ndim - 1)
+        mean /= (
+            torch.from_numpy(np.maximum(times, 1))
+            .to(wide.device)
+            .reshape(-1, *[1] * (wide.ndim - 1))
         )
         change = (change - mean[index]) * (layout.zero_sum * size)
         rounded = (result + change).to(tensor.dtype)
@@ -319,7 +323,9 @@ class Copies:
                 break
             begin += size
         shape = tuple(self.length(r) for r in source)
-        inside = move.index[(move.index >= begin) & (move.index < begin + int(np.prod(shape)))] - begin
+        inside = (
+            move.index[(move.index >= begin) & (move.index < begin + int(np.prod(shape)))] - begin
+        )
         coordinate = np.unravel_index(inside, shape)[source.index(ref)]
         return np.asarray(positions(ref)[np.unique(coordinate)])
 
@@ -382,4 +388,3 @@ class Copies:
             grid = np.meshgrid(*[order_of(r) for r in source], indexing="ij")
             return np.ravel_multi_index([g.reshape(-1) for g in grid], shape)
         return None
-

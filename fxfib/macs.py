@@ -42,8 +42,10 @@ def macs_of(graph_module: fx.GraphModule) -> int:
             continue
         out = math.prod(_shape(node))
         if node.target in _LINEAR:
-            left = node.args[1] if node.target in (aten.addmm.default, aten.baddbmm.default) else (
-                node.args[0]
+            left = (
+                node.args[1]
+                if node.target in (aten.addmm.default, aten.baddbmm.default)
+                else (node.args[0])
             )
             total += out * _shape(left)[-1]
         elif node.target in _CONVOLUTIONS or node.target is aten.convolution.default:

@@ -119,7 +119,9 @@ class Report:
         if self.refusals:
             lines += ["", f"  refused: {len(self.refusals)}"]
             for refusal in self.refusals[:8]:
-                lines.append(f"    {refusal.node} ({refusal.op}): {refusal.reason}; {refusal.remedy}")
+                lines.append(
+                    f"    {refusal.node} ({refusal.op}): {refusal.reason}; {refusal.remedy}"
+                )
             if len(self.refusals) > 8:
                 lines.append(f"    ... and {len(self.refusals) - 8} more (to_dict() has them all)")
         lines += [f"  note: {note}" for note in self.notes]

@@ -222,9 +222,7 @@ def scale_tolerance(
     return result + own + own[first][inverse.reshape(-1)]
 
 
-def color_form(
-    form: Form, size: int, eps: float, criterion: str, roundoff: float = 0.0
-) -> Factor:
+def color_form(form: Form, size: int, eps: float, criterion: str, roundoff: float = 0.0) -> Factor:
     """Turn an affine form into colors: equal rows and offsets, equal color.
 
     A node whose row is zero (within its rounding bound) is the constant of its offset.  At every

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxfib.coloring import Factor, Floats, Labels, Value
+from fxfib.coloring import Factor, Floats, Value
 from fxfib.passes.relations import Full, Ref, Relation
 from fxfib.passes.rules import find_rule
 from fxfib.passes.rules.base import Barrier, hint, is_tensor

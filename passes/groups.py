@@ -20,7 +20,9 @@ def producers(analysis: Analysis) -> list[tuple[str, fx.Node, int]]:
     found = []
     for node in analysis.graph_module.graph.nodes:
         rule = find_rule(node)
-        if node not in analysis.by_node or not isinstance(rule, (LinearMap, Convolution, Embedding)):
+        if node not in analysis.by_node or not isinstance(
+            rule, (LinearMap, Convolution, Embedding)
+        ):
             continue
         rank = len(analysis.shape(node))
         axis = rank - 1

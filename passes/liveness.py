@@ -66,4 +66,3 @@ def live_nodes(analysis: Analysis) -> dict[Ref, Mask]:
                 for axis in analysis.value(source).tracked_axes:
                     mark(source, axis, said.get((source, axis)))
     return live
-

@@ -81,7 +81,9 @@ def comparable(analysis: Analysis) -> dict[fx.Node, Floats]:
             if len(single) == 1:
                 (factor,) = single
                 weights[node] = np.where(
-                    factor.labels < FIRST_FREE, np.nan, 1.0 / np.where(factor.scales == 0, 1.0, factor.scales)
+                    factor.labels < FIRST_FREE,
+                    np.nan,
+                    1.0 / np.where(factor.scales == 0, 1.0, factor.scales),
                 )
         elif isinstance(value.form, (Form, PendingAxis)):
             uses = analysis.gains.get(node, [])
@@ -93,7 +95,8 @@ def comparable(analysis: Analysis) -> dict[fx.Node, Floats]:
 
 def guard_shared_parameters(analysis: Analysis) -> None:
     """A parameter read by several ops gets one decision: nothing is folded into it that is not
-    the same for all of them."""
+    the same for all of them.
+    """
     graph = analysis.graph_module.graph
     for parameter in graph.find_nodes(op="get_attr"):
         readers = readers_of(analysis, parameter)

@@ -138,9 +138,7 @@ class Rewriter:
                 copy.update_kwarg(name, value)
             else:
                 bound = self.analysis.arguments(node)
-                middle = [
-                    fx.map_arg(bound[n], operand) for n in names[len(copy.args) : place]
-                ]
+                middle = [fx.map_arg(bound[n], operand) for n in names[len(copy.args) : place]]
                 copy.args = (*copy.args, *middle, value)
         return copy
 
@@ -201,7 +199,9 @@ class Rewriter:
         A ``bias`` next to a weight takes the weight's module path; anything else is a buffer.
         """
         tensor = torch.as_tensor(value)
-        like = [n for n in ([node] if node.op == "get_attr" else _leaves(node)) if n.op == "get_attr"]
+        like = [
+            n for n in ([node] if node.op == "get_attr" else _leaves(node)) if n.op == "get_attr"
+        ]
         if suffix == "bias":
             # It trains where its weight does, and has its dtype, however the weight is computed.
             weight = self.analysis.constant(node)
@@ -400,4 +400,3 @@ def propagate(
     # Without the Python dispatcher composite ops written in C++ would fix the dynamic sizes.
     with mode, torch.no_grad(), enable_python_dispatcher():
         Propagate(result).run(*placeholders)
-

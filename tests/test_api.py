@@ -105,7 +105,9 @@ def test_nan_weights_are_named():
 def test_skip_and_round_to():
     model = network()
     assert fxfib.compile(model, 0.0, INPUTS, skip="0").fibration.groups[0].fibers == 11
-    assert "the user asked" in fxfib.compile(model, 0.0, INPUTS, skip="0").fibration.groups[0].reason
+    assert (
+        "the user asked" in fxfib.compile(model, 0.0, INPUTS, skip="0").fibration.groups[0].reason
+    )
     for multiple, width in ((4, 8), (5, 10), (8, 8), (16, 11)):
         small = fxfib.compile(model, 0.0, INPUTS, round_to=multiple)
         assert small.get_submodule("0").out_features == width
@@ -126,7 +128,9 @@ def test_compiles_at_the_first_call():
 def test_wrong_result_is_not_returned(monkeypatch):
     from fxfib.passes.layout import Total
 
-    monkeypatch.setattr(Total, "apply", lambda self, tensor, axis: self.layout.first.apply(tensor, axis))
+    monkeypatch.setattr(
+        Total, "apply", lambda self, tensor, axis: self.layout.first.apply(tensor, axis)
+    )
     with pytest.raises(VerifyError, match="nothing was returned"):
         fxfib.compile(network(), 0.0, INPUTS)
 

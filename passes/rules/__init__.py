@@ -5,7 +5,7 @@ from fxfib.passes.rules.base import Rule, all_rules, find_rule, overloads, regis
 __all__ = ["Rule", "all_rules", "find_rule", "overloads", "register"]
 
 # Importing a family registers its rules.
-from fxfib.passes.rules import (  # noqa: E402, F401
+from fxfib.passes.rules import (  # noqa: F401
     convolution,
     elementwise,
     linear,

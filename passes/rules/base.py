@@ -19,8 +19,8 @@ from fxfib.passes.relations import Move, Ref, Same
 
 if TYPE_CHECKING:
     from fxfib.passes.forward import Analysis
-    from fxfib.passes.rules.examples import Example
     from fxfib.passes.rewrite import Rewriter
+    from fxfib.passes.rules.examples import Example
 
 Mask = npt.NDArray[np.bool_]
 
@@ -37,7 +37,10 @@ def overloads(*names: str) -> tuple[Any, ...]:
             schema = op._schema
             # ATen also names Python's arithmetic on numbers, lists and strings: that is no tensor op.
             tensors = any("Tensor" in str(a.type) for a in schema.arguments)
-            if tensors and not schema.is_mutable and "out" not in overload.split("_"):
+            # Named dimensions are no positions; no rule reads them.
+            named = "name" in overload.lower()
+            mutable = schema.is_mutable or "out" in overload.split("_")
+            if tensors and not named and not mutable:
                 found.append(op)
     return tuple(found)
 

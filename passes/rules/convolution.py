@@ -176,9 +176,7 @@ class Convolution(Rule):
             )
             return Form(axis, rows, offset, bound, offset_bound, None, space)
         if ins == 1:
-            return depthwise_form(
-                tensor, factor, axis, offset_constants, analysis.roundoff, space
-            )
+            return depthwise_form(tensor, factor, axis, offset_constants, analysis.roundoff, space)
         pieces = []
         for group in range(groups):
             part = None
@@ -190,8 +188,10 @@ class Convolution(Rule):
             )
             colors = piece[4]
             if colors is None:
-                own = factor.labels[chosen] if factor is not None else np.arange(
-                    group * ins, (group + 1) * ins
+                own = (
+                    factor.labels[chosen]
+                    if factor is not None
+                    else np.arange(group * ins, (group + 1) * ins)
                 )
                 colors = own
             pieces.append((*piece[:4], colors))
@@ -203,7 +203,11 @@ class Convolution(Rule):
         widest = max(len(p[4]) for p in pieces)
         taps = max((p[0].shape[1] // max(len(p[4]), 1) for p in pieces), default=1)
         any_bound = any(p[1] is not None for p in pieces)
-        dtype = torch.float64 if any(p[0].dtype == torch.float64 for p in pieces) else pieces[0][0].dtype
+        dtype = (
+            torch.float64
+            if any(p[0].dtype == torch.float64 for p in pieces)
+            else pieces[0][0].dtype
+        )
         rows = torch.zeros(len(pieces) * outs, widest * taps, dtype=dtype)
         bound = torch.zeros(rows.shape, dtype=torch.float64) if any_bound else None
         reads = np.full((len(pieces), widest), -1, dtype=np.int64)
@@ -218,11 +222,11 @@ class Convolution(Rule):
             if bound is not None and piece_bound is not None:
                 ordered = piece_bound.reshape(outs, len(colors), -1)[:, torch.from_numpy(order)]
                 bound[place, : shaped[0].numel()] = ordered.reshape(outs, -1)
-        match = np.repeat(unique_rows(*reads.T) if widest else np.zeros(len(pieces), np.int64), outs)
-        offset = np.concatenate([p[2] for p in pieces])
-        return Form(
-            axis, rows, offset, bound, np.concatenate([p[3] for p in pieces]), match, space
+        match = np.repeat(
+            unique_rows(*reads.T) if widest else np.zeros(len(pieces), np.int64), outs
         )
+        offset = np.concatenate([p[2] for p in pieces])
+        return Form(axis, rows, offset, bound, np.concatenate([p[3] for p in pieces]), match, space)
 
     def reads(
         self, analysis: Analysis, node: fx.Node, live: Mapping[Ref, Mask]

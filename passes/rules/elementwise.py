@@ -123,9 +123,7 @@ class Elementwise(Rule):
             if analysis.is_constant(operand):
                 if spread:
                     tied.append((operand, own))
-                seen.append(
-                    _of_constant(analysis.constant(operand), own if spread else None, size)
-                )
+                seen.append(_of_constant(analysis.constant(operand), own if spread else None, size))
             elif not spread:
                 blank = np.full(size, FIRST_FREE, dtype=np.int64)
                 seen.append(_plain(blank))
@@ -319,7 +317,9 @@ class Homogeneous(Elementwise):
 
 
 PASSES_FORMS = set(
-    overloads("dropout", "feature_dropout", "alpha_dropout", "clone", "contiguous", "detach", "alias")
+    overloads(
+        "dropout", "feature_dropout", "alpha_dropout", "clone", "contiguous", "detach", "alias"
+    )
     + overloads("lift_fresh_copy", "positive", "feature_alpha_dropout")
 )
 
@@ -442,8 +442,10 @@ class Add(Affine):
     def forward(self, analysis: Analysis, node: fx.Node) -> Value:
         operands, signs = self.operands(analysis, node), self.signs(analysis, node)
         source, form = self.pending(analysis, node)
-        if form is None or signs is None or any(
-            isinstance(o, fx.Node) and not is_tensor(o) for o in operands
+        if (
+            form is None
+            or signs is None
+            or any(isinstance(o, fx.Node) and not is_tensor(o) for o in operands)
         ):
             return super().forward(analysis, node)
         value = analysis.value(source)

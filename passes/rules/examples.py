@@ -262,7 +262,22 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "clamp_max": (0.3,),
 }
 UNIT_INTERVAL = frozenset(
-    ["log", "log2", "log10", "log1p", "sqrt", "rsqrt", "asin", "acos", "atanh", "erfinv", "logit", "digamma", "lgamma", "reciprocal"]
+    [
+        "log",
+        "log2",
+        "log10",
+        "log1p",
+        "sqrt",
+        "rsqrt",
+        "asin",
+        "acos",
+        "atanh",
+        "erfinv",
+        "logit",
+        "digamma",
+        "lgamma",
+        "reciprocal",
+    ]
 )
 
 

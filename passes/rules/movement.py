@@ -42,8 +42,11 @@ aten = torch.ops.aten
 Block = tuple[tuple[int, ...], tuple[int, ...], Labels]  # input axes, output axes, index
 
 
-def example_arguments(node: fx.Node, source: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def example_arguments(
+    node: fx.Node, source: torch.Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The call's arguments with its first one replaced and sizes at the example's values."""
+
     def plain(argument: fx.Node) -> Any:
         value = argument.meta["val"]
         if isinstance(value, torch.Tensor):
@@ -153,12 +156,16 @@ def grid_factor(value: Value, axes: tuple[int, ...]) -> Factor | None:
         code = code * width + spread(factor.labels, factor.axes)
         scales = scales * spread(np.where(factor.constant, 1.0, factor.scales), factor.axes)
         known = spread(factor.constant, factor.axes)
-        values = np.where(known, spread(np.where(factor.labels == 0, factor.scales, 0.0), factor.axes), values)
+        values = np.where(
+            known, spread(np.where(factor.labels == 0, factor.scales, 0.0), factor.axes), values
+        )
         constant = constant | known
     for axis in axes:
         if value.factor(axis) is None:
             code = code * value.shape[axis] + spread(np.arange(value.shape[axis]), (axis,))
-    labels, scales = with_constants(code + FIRST_FREE, np.broadcast_to(scales, shape), constant, values)
+    labels, scales = with_constants(
+        code + FIRST_FREE, np.broadcast_to(scales, shape), constant, values
+    )
     space = renumbered(tuple(f.space for f in found.values()))
     return Factor(axes, labels, scales, space)
 
@@ -170,9 +177,7 @@ def moved_factor(factor: Factor, out_axes: tuple[int, ...], index: Labels) -> Fa
     return Factor(out_axes, labels, scales, ("moved", factor.space))
 
 
-def move_relation(
-    node: fx.Node, source: fx.Node, block: Block
-) -> Move | Same:
+def move_relation(node: fx.Node, source: fx.Node, block: Block) -> Move | Same:
     """The layouts of the two sides of a movement; ``Same`` where an axis moves as a whole."""
     ins, outs, index = block
     whole = len(ins) == len(outs) == 1 and source.meta["val"].shape[ins[0]] == len(index)
@@ -483,7 +488,8 @@ class Roll(AlongAxis):
         bound = analysis.arguments(node)
         shape = analysis.shape(bound["self"])
         return {
-            d % len(shape): (-s) % shape[d] for s, d in zip(bound["shifts"], bound["dims"], strict=True)
+            d % len(shape): (-s) % shape[d]
+            for s, d in zip(bound["shifts"], bound["dims"], strict=True)
         }
 
     def sizes(self, rewriter: Rewriter, node: fx.Node) -> dict[str, Any]:
@@ -536,7 +542,9 @@ class IndexSelect(Movement):
             return rewriter.repeat(node)
         positions = rewriter.analysis.constant(index)[torch.from_numpy(after.representative)]
         renumbered = before.slot[positions.numpy() % before.full]
-        new = rewriter.new_constant(index, torch.from_numpy(renumbered), "slots", dtype=index.meta["val"].dtype)
+        new = rewriter.new_constant(
+            index, torch.from_numpy(renumbered), "slots", dtype=index.meta["val"].dtype
+        )
         return rewriter.repeat(node, constants={index: new})
 
 
@@ -545,7 +553,9 @@ class Parts(AlongAxis):
 
     def lengths(self, analysis: Analysis, node: fx.Node) -> list[int]:
         axis = self.axis(analysis, node)
-        return [int(v.shape[axis]) if isinstance(v.shape[axis], int) else -1 for v in node.meta["val"]]
+        return [
+            int(v.shape[axis]) if isinstance(v.shape[axis], int) else -1 for v in node.meta["val"]
+        ]
 
     def axis(self, analysis: Analysis, node: fx.Node) -> int:
         (axis,) = self.touched(analysis, node)
@@ -686,9 +696,7 @@ class Concatenate(Rule):
         self, analysis: Analysis, node: fx.Node, operands: list[fx.Node], axis: int
     ) -> Factor | None:
         """Colors along the axis of concatenation: those of equal space are comparable."""
-        found = [
-            None if analysis.is_constant(o) else analysis.factor(o, axis) for o in operands
-        ]
+        found = [None if analysis.is_constant(o) else analysis.factor(o, axis) for o in operands]
         if all(f is None for f in found) or analysis.dynamic(node, axis):
             for operand in operands:
                 analysis.full(operand, [axis], "it is concatenated with what is not colored")

@@ -192,9 +192,7 @@ class AxisNorm(Rule):
         }
         if all(rewriter.layout(node, a).even for a in merged):
             shape = [rewriter.size(node, a) for a in axes]
-            return rewriter.repeat(
-                node, constants=reduced, changed={"normalized_shape": shape}
-            )
+            return rewriter.repeat(node, constants=reduced, changed={"normalized_shape": shape})
         (axis,) = merged
         x = rewriter.new(source)
         share = rewriter.counts(node, axis, rank)
@@ -211,9 +209,7 @@ class AxisNorm(Rule):
         if eps is None:
             eps = torch.finfo(source.meta["val"].dtype).eps
         shifted = rewriter.call(aten.add.Tensor, (variance, eps))
-        result = rewriter.call(
-            aten.mul.Tensor, (x, rewriter.call(aten.rsqrt.default, (shifted,)))
-        )
+        result = rewriter.call(aten.mul.Tensor, (x, rewriter.call(aten.rsqrt.default, (shifted,))))
         if weight is not None:
             result = rewriter.call(aten.mul.Tensor, (result, reduced[weight]))
         if bias is not None:
@@ -288,7 +284,8 @@ class GroupNorm(Rule):
         positions = list(range(3, rank + 1))
         shape = rewriter.shape_arguments(source)
         split = rewriter.call(
-            aten.view.default, (rewriter.new(source), [shape[0], groups, size // groups, *shape[2:]])
+            aten.view.default,
+            (rewriter.new(source), [shape[0], groups, size // groups, *shape[2:]]),
         )
         counts = rewriter.layout(node, 1).counts.reshape(groups, -1)
         share = rewriter.new_constant(
@@ -356,9 +353,7 @@ class InstanceNorm(Rule):
         table = torch.from_numpy(np.stack([np.ones(size), gamma, beta], 1))
         zero = np.zeros(size)
         form = Form(1, table, zero, None, zero, factor.keyed(), ("instance", node.name))
-        return Value(
-            value.shape, (color_form(form, size, analysis.eps, analysis.criterion),)
-        )
+        return Value(value.shape, (color_form(form, size, analysis.eps, analysis.criterion),))
 
     def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
         bound = rewriter.analysis.arguments(node)

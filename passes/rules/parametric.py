@@ -45,12 +45,12 @@ class PReLU(Rule):
             if len(slopes) > 1 and axis != 1:
                 # A constant row meets the slope of every channel: it is constant no longer.
                 scales = np.where(constant, 1.0, factor.scales)
-                factors.append(Factor((axis,), labels + FIRST_FREE, scales, ("prelu", node.name, axis)))
+                factors.append(
+                    Factor((axis,), labels + FIRST_FREE, scales, ("prelu", node.name, axis))
+                )
                 continue
             values = np.where(values > 0, values, own * values)
-            labels, scales = with_constants(
-                labels + FIRST_FREE, factor.scales, constant, values
-            )
+            labels, scales = with_constants(labels + FIRST_FREE, factor.scales, constant, values)
             factors.append(Factor((axis,), labels, scales, ("prelu", node.name, axis)))
         return Value(analysis.shape(node), tuple(factors))
 

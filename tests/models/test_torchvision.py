@@ -9,7 +9,13 @@ import fxfib
 torchvision = pytest.importorskip("torchvision")
 
 # One of each kind: residual, depthwise with gates, shuffle, concatenation, branches, transformer.
-CLASSIFIERS = ("resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1", "densenet121")
+CLASSIFIERS = (
+    "resnet18",
+    "mobilenet_v3_small",
+    "shufflenet_v2_x0_5",
+    "squeezenet1_1",
+    "densenet121",
+)
 
 
 def randomized(model: nn.Module, seed: int = 1) -> nn.Module:

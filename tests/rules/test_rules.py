@@ -85,8 +85,11 @@ def test_examples_reach_the_registered_ops() -> None:
         for node in captured_at_float64(name).graph_module.graph.nodes
         if node.op == "call_function"
     }
-    missing = {str(t).removeprefix("aten.") for t in all_rules() if t not in reached}
-    assert missing == set(UNREACHED.split())
+    listed = set(UNREACHED.split())
+    registered = {str(t).removeprefix("aten."): t in reached for t in all_rules()}
+    assert {name for name, found in registered.items() if not found} <= listed
+    # Nothing stays on the list once it has an example (a version may lack some of these ops).
+    assert {name for name in listed if registered.get(name, False)} == set()
 
 
 #: Ops that capture removes or writes in another way, and spellings without an example.
