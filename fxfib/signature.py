@@ -19,14 +19,15 @@ from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from fxfib.coloring import FIRST_FREE, Factor, Floats, Labels, unique_rows, with_constants
 from fxfib.kernels import collapse, color
 
 # Two sums of stored numbers are called equal when they differ by no more than this many unit
-# roundoffs times their sums of absolute values (each side contributes its own half).  Storing a term
-# costs one; float64 sums also round while they are added up, in the weights' making and here.
+# roundoffs times their sums of absolute values (each side contributes its own half).  Storing a
+# term costs one; float64 sums also round while they are added up, in the weights' making and here.
 ROUNDING_MULTIPLE = 4.0
 # With so few digits unrelated rows look parallel but for rounding: there, multiples must be exact.
 COARSE = 1e-5
@@ -46,6 +47,7 @@ class Form:
         rows: ``[n, d]`` floating tensor (the parameters' own dtype if nothing was computed).
         offset: float64 ``[n]``, the coefficient of the constant one.
         rows_bound: ``[n, d]`` or ``[n, 1]`` rounding bound of ``rows``; None: exact as stored.
+        relative: float64 ``[d]`` or None: a further bound of ``relative[j] * |rows[i, j]|``.
         offset_bound: float64 ``[n]``.
         must_match: int64 ``[n]`` or None: nodes of different numbers read different things.
         space: what the columns mean; forms of equal space can be compared.
@@ -58,6 +60,7 @@ class Form:
     offset_bound: Floats
     must_match: Labels | None
     space: Hashable
+    relative: Floats | None = None
 
     def scaled(self, gain: Floats, roundoff: float) -> Form:
         """The form of ``gain_i * z_i`` (gains of any sign)."""
@@ -65,16 +68,25 @@ class Form:
             return self
         factor = torch.from_numpy(gain).unsqueeze(1)
         rows = self.rows.to(torch.float64) * factor
-        rounding = ROUNDING_MULTIPLE * roundoff * rows.abs()
-        if self.rows_bound is not None:
-            rounding = rounding + self.rows_bound * factor.abs()
+        bound = self.rows_bound
+        if bound is not None:
+            bound = bound * factor.abs().to(bound.dtype)
+        relative = self._relative() + ROUNDING_MULTIPLE * roundoff
         offset = self.offset * gain
         offset_bound = self.offset_bound * np.abs(gain) + ROUNDING_MULTIPLE * roundoff * np.abs(
             offset
         )
         return replace(
-            self, rows=rows, offset=offset, rows_bound=rounding, offset_bound=offset_bound
+            self,
+            rows=rows,
+            offset=offset,
+            rows_bound=bound,
+            offset_bound=offset_bound,
+            relative=relative,
         )
+
+    def _relative(self) -> Floats:
+        return np.zeros(self.rows.shape[1]) if self.relative is None else self.relative
 
     def shifted(self, shift: Floats, roundoff: float, *, magnitude: Floats | None = None) -> Form:
         """The form of ``z_i + shift_i``; ``magnitude`` bounds the terms that made the shift."""
@@ -90,24 +102,30 @@ class Form:
     def plus(self, other: Form) -> Form:
         """The form of ``z_i + z'_i``: both rows side by side (a joint signature)."""
         rows = torch.cat([self.rows.to(torch.float64), other.rows.to(torch.float64)], 1)
-        bound = torch.cat([_dense_bound(self), _dense_bound(other)], 1)
+        bound = relative = None
+        if self.rows_bound is not None or other.rows_bound is not None:
+            bound = torch.cat([dense_bound(self), dense_bound(other)], 1)
+        if self.relative is not None or other.relative is not None:
+            relative = np.concatenate([self._relative(), other._relative()])
         matches = [m for m in (self.must_match, other.must_match) if m is not None]
         return Form(
             self.axis,
             rows,
             self.offset + other.offset,
-            bound if bool(bound.any()) else None,
+            bound,
             self.offset_bound + other.offset_bound,
             unique_rows(*matches) if matches else None,
             ("plus", self.space, other.space),
+            relative,
         )
 
 
-def _dense_bound(form: Form) -> torch.Tensor:
+def dense_bound(form: Form) -> torch.Tensor:
+    """The bound of every entry of the rows, but for the relative one."""
     shape = form.rows.shape
     if form.rows_bound is None:
-        return torch.zeros(shape, dtype=torch.float64)
-    return form.rows_bound.to(torch.float64).expand(shape)
+        return torch.zeros(1, dtype=torch.float32).expand(shape)
+    return form.rows_bound.expand(shape)
 
 
 def form_of_factor(factor: Factor) -> Form:
@@ -180,7 +198,9 @@ def collapse_columns(
     if scale is not None:
         summed |= np.bincount(order[live], weights=scales[live] != 1.0, minlength=classes) > 0
     # Only columns that really were sums or products may be off; the others are exact as stored.
-    bound = torch.zeros(rows.shape, dtype=torch.float64)
+    # Bounds need few digits; those of float64 sums are too small for fewer bits.
+    narrow = torch.float32 if roundoff > 1e-9 else torch.float64
+    bound = torch.zeros(rows.shape, dtype=narrow)
     chosen = torch.from_numpy(np.flatnonzero(summed))
     if len(chosen):
         relabel = np.full(classes, -1)
@@ -195,7 +215,8 @@ def collapse_columns(
             axis=1,
             scale=sub_scale,
         )
-        bound[:, chosen] = ROUNDING_MULTIPLE * roundoff * magnitude.to(torch.float64)
+        limit = ROUNDING_MULTIPLE * roundoff * magnitude.to(torch.float64)
+        bound[:, chosen] = limit.to(narrow)
     return rows.reshape(out, -1), bound.reshape(out, -1), offset, offset_bound, column_colors
 
 
@@ -210,14 +231,23 @@ def nearby_short(scales: Floats, tolerance: Floats) -> Floats:
 
 
 def scale_tolerance(
-    rows: torch.Tensor, bound: torch.Tensor | None, labels: Labels, roundoff: float
+    rows: torch.Tensor,
+    bound: torch.Tensor | None,
+    relative: torch.Tensor | None,
+    labels: Labels,
+    roundoff: float,
 ) -> Floats:
     """How far a scale may be off, relatively: it is a ratio of two largest entries of rows."""
     result = np.full(len(labels), 8 * roundoff)
-    if bound is None or not rows.shape[1]:
+    if (bound is None and relative is None) or not rows.shape[1]:
         return result
-    size, place = rows.abs().to(torch.float64).max(1, keepdim=True)
-    own = (bound.gather(1, place) / size.clamp(min=1e-300)).squeeze(1).numpy()
+    size, place = rows.abs().max(1, keepdim=True)
+    own = np.zeros(len(labels))
+    if bound is not None:
+        of_largest = bound.expand(rows.shape).gather(1, place).to(torch.float64)
+        own += (of_largest / size.to(torch.float64).clamp(min=1e-300)).squeeze(1).numpy()
+    if relative is not None:
+        own += relative[place.squeeze(1)].numpy()
     _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
     return result + own + own[first][inverse.reshape(-1)]
 
@@ -239,47 +269,50 @@ def color_form(form: Form, size: int, eps: float, criterion: str, roundoff: floa
     if size == 0:
         return Factor((axis,), np.zeros(0, np.int64), np.zeros(0), space)
     rows = form.rows
-    simple = form.rows_bound is None and not form.offset_bound.any()
-    magnitude = rows.abs()
-    zero = (magnitude if form.rows_bound is None else magnitude - form.rows_bound) <= 0
-    constant = zero.all(dim=1).numpy()
+    constant = zero_rows(form)
     # A constant that is zero but for rounding is the zero: padding and products keep that one.
     none = constant & (np.abs(form.offset) <= form.offset_bound)
     form = replace(form, offset=np.where(none, 0.0, form.offset)) if none.any() else form
-    offset = torch.from_numpy(form.offset)
-    wide = rows if rows.dtype == torch.float64 else rows.to(torch.float32)
-    if not np.any(form.offset) and simple:
-        table, bound = wide, None
-    else:
-        table = torch.cat([wide.to(torch.float64), offset.unsqueeze(1)], 1)
-        bound = None
-        if not simple:
-            bound = torch.cat(
-                [_dense_bound(form), torch.from_numpy(form.offset_bound).unsqueeze(1)], 1
-            )
+    table = rows if rows.dtype == torch.float64 else rows.to(torch.float32)
+    bound = form.rows_bound
+    relative = None if form.relative is None else torch.from_numpy(form.relative)
+    if np.any(form.offset) or form.offset_bound.any():
+        table = torch.cat([table, torch.from_numpy(form.offset).unsqueeze(1)], 1)
+        if relative is not None:
+            relative = torch.cat([relative, torch.zeros(1, dtype=torch.float64)])
+        if bound is not None or form.offset_bound.any():
+            last = torch.from_numpy(form.offset_bound).unsqueeze(1)
+            bound = dense_bound(form)
+            bound = torch.cat([bound, last.to(bound.dtype)], 1)
     match = None if form.must_match is None else torch.from_numpy(form.must_match)
     # Step one: equal rows.  Members of one color then share one scale exactly, whatever rounding.
-    exact = color(table, 0.0, criterion, must_match=match, bound=bound)
+    exact = color(table, 0.0, criterion, must_match=match, bound=bound, relative=relative)
     equal = exact.labels.numpy()
-    _, first = np.unique(equal, return_index=True)
-    chosen = torch.from_numpy(first)
-    leading = table[chosen]
-    allowed = None if bound is None else bound[chosen]
+    if exact.num_classes < size:
+        chosen = torch.from_numpy(np.unique(equal, return_index=True)[1])
+        table = table[chosen]
+        match = None if match is None else match[chosen]
+        bound = None if bound is None else bound[chosen]
     if 0 < roundoff < COARSE:
         # A multiple of a stored row was rounded when it was stored.
-        stored = ROUNDING_MULTIPLE / 2 * roundoff * leading.abs().to(torch.float64)
-        allowed = stored if allowed is None else torch.maximum(allowed, stored)
+        stored = torch.full(
+            (table.shape[1],), ROUNDING_MULTIPLE / 2 * roundoff, dtype=torch.float64
+        )
+        relative = stored if relative is None else torch.maximum(relative, stored)
     heads = color(
-        leading,
-        eps,
-        criterion,
-        must_match=None if match is None else match[chosen],
-        bound=allowed,
-        scaled=True,
+        table, eps, criterion, must_match=match, bound=bound, relative=relative, scaled=True
     )
     assert heads.scales is not None
+    tolerance = scale_tolerance(table, bound, relative, heads.labels.numpy(), roundoff)
     labels = heads.labels.numpy()[equal] + FIRST_FREE
-    tolerance = scale_tolerance(leading, allowed, heads.labels.numpy(), roundoff)
     scales = nearby_short(heads.scales.numpy(), tolerance)[equal]
     labels, scales = with_constants(labels, scales, constant, form.offset)
     return Factor((axis,), labels, scales, space)
+
+
+def zero_rows(form: Form) -> npt.NDArray[np.bool_]:
+    """Which rows are zero, or nowhere more than their rounding."""
+    if form.rows_bound is None:
+        return ~(form.rows != 0).any(dim=1).numpy()
+    above = form.rows.abs() > form.rows_bound
+    return ~above.any(dim=1).numpy()

@@ -66,28 +66,24 @@ def difference(expected: Sequence[Any], found: Sequence[Any]) -> Difference:
 
 
 class Float64(fx.Interpreter):
-    """Runs a captured graph in float64: parameters are widened one at a time, as they are read."""
-
-    def fetch_attr(self, target: str) -> Any:
-        return _wide(super().fetch_attr(target))
+    """Runs a captured graph in float64: parameters are widened where they are used, one at a time."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        args, kwargs = torch.utils._pytree.tree_map(_wide_dtype, (args, kwargs))
+        """The call on wide operands; a dtype among the arguments is wide too."""
+        args, kwargs = torch.utils._pytree.tree_map(_wide, (args, kwargs))
         return super().call_function(target, args, kwargs)
 
 
 def _wide(value: Any) -> Any:
     if isinstance(value, torch.Tensor) and value.dtype.is_floating_point:
         return value.to(torch.float64)
+    if isinstance(value, torch.dtype) and value.is_floating_point:
+        return torch.float64
     return value
-
-
-def _wide_dtype(value: Any) -> Any:
-    return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
 
 
 def run_float64(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[Any, ...]:
     """Flat outputs of a captured graph computed in float64 throughout."""
     with torch.no_grad():
-        result = Float64(graph_module).run(*[_wide(i) for i in inputs])
-    return tuple(result)
+        result = Float64(graph_module).run(*inputs)
+    return tuple(_wide(value) for value in result)

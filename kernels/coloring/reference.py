@@ -1,7 +1,7 @@
 """Which rows are equal: the coloring of Eq. 3, exact or up to a precision eps."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,11 +11,13 @@ from fxfib.errors import InputError
 from fxfib.kernels.coloring.cluster import bounded_clusters
 from fxfib.kernels.coloring.identical import identical
 from fxfib.kernels.coloring.rows import (
+    Bounds,
     Floats,
     Ints,
     NormalisedRows,
     PlainRows,
     Rows,
+    blocks,
     by_appearance,
     distinct,
     value_order,
@@ -48,6 +50,7 @@ def color(
     *,
     must_match: Tensor | None = None,
     bound: Tensor | None = None,
+    relative: Tensor | None = None,
     scaled: bool = False,
     weights: Tensor | None = None,
 ) -> Coloring:
@@ -78,6 +81,8 @@ def color(
         must_match: int64 [n]; only rows with the same number may share a color.
         bound: floating [n, d] or [n, 1], at least 0, finite; None means 0: equal bit by bit except
             that +0 equals -0.
+        relative: floating [d], at least 0, finite: a further bound ``relative[c] * |rows[i, c]|``,
+            for entries that were rounded, without a matrix of bounds.
         scaled: look for rows that differ by a positive factor.
         weights: floating [n], how much a row counts; a diameter does not depend on it.
 
@@ -89,9 +94,14 @@ def color(
             not finite, shapes or dtypes that do not fit, or more than 20,000 rows in one chain of
             close rows.
     """
-    _check(rows, eps, criterion, must_match, bound, weights)
+    _check(rows, eps, criterion, must_match, bound, relative, weights)
     values = _to_numpy(rows)
-    bounds = None if bound is None else _to_numpy(bound)
+    bounds = None
+    if bound is not None or relative is not None:
+        bounds = Bounds(
+            None if bound is None else _to_numpy(bound),
+            None if relative is None else relative.detach().cpu().to(torch.float64).numpy(),
+        )
     count = values.shape[0]
     groups: Ints = np.zeros(count, dtype=np.int64)
     if must_match is not None:
@@ -122,7 +132,7 @@ def _equal(rows: Rows, eps: float, groups: Ints) -> Ints:
 
 
 def _proportional(
-    values: Floats, bounds: Floats | None, eps: float, groups: Ints
+    values: Floats, bounds: Bounds | None, eps: float, groups: Ints
 ) -> tuple[Ints, Floats]:
     """Cluster numbers of rows that are equal up to a positive factor, and comparable scales."""
     count, width = values.shape
@@ -130,12 +140,11 @@ def _proportional(
         return groups, np.ones(count)
     zero = np.ones(count, dtype=bool)
     norms = np.empty(count)
-    step = max(1, 2**18 // width)
-    for start in range(0, count, step):
-        block = slice(start, start + step)
+    for block in blocks(count, width):
         size = np.abs(values[block])
         norms[block] = size.max(axis=1)
-        zero[block] = (size <= (0.0 if bounds is None else bounds[block])).all(axis=1)
+        allowed = 0.0 if bounds is None else bounds.at(size, block, slice(None))
+        zero[block] = (size <= allowed).all(axis=1)
     norms[zero] = 1.0
     # Zero rows get groups of their own, and share one color in each.
     _, groups = np.unique(2 * np.unique(groups, return_inverse=True)[1] + zero, return_inverse=True)
@@ -144,13 +153,16 @@ def _proportional(
     ids = np.unique(ids, return_inverse=True)[1]
     if eps == 0:
         return ids, norms
-    largest = _largest_members(values, bounds, norms, ids)
+    known = None if bounds is None else bounds.absolute
+    largest = _largest_members(values, known, norms, ids)
     # The largest member stands for its group, so the factors inside the group are relative to it.
     factors = norms / norms[largest[ids]]
     separate = zero[largest]
     representatives = values[largest]
     representatives[separate] = 0.0
-    part_bounds = None if bounds is None else bounds[largest]
+    part_bounds = bounds
+    if bounds is not None and bounds.absolute is not None:
+        part_bounds = replace(bounds, absolute=bounds.absolute[largest])
     parts = _equal(PlainRows(representatives, part_bounds), eps, groups[largest])
     return parts[ids], factors
 
@@ -187,6 +199,7 @@ def _check(
     criterion: str,
     must_match: Tensor | None,
     bound: Tensor | None,
+    relative: Tensor | None,
     weights: Tensor | None,
 ) -> None:
     if criterion not in CRITERIA:
@@ -207,16 +220,23 @@ def _check(
             f"color: must_match must be int64 of shape ({count},), not {must_match.dtype} of shape "
             f"{tuple(must_match.shape)}."
         )
-    if bound is not None:
-        if bound.shape not in ((count, width), (count, 1)) or not bound.is_floating_point():
-            raise InputError(
-                f"color: bound must be floating point of shape ({count}, {width}) or ({count}, 1), "
-                f"not {bound.dtype} of shape {tuple(bound.shape)}."
-            )
-        if bound.numel():
-            low, high = torch.aminmax(bound.detach())
+    if bound is not None and (
+        bound.shape not in ((count, width), (count, 1)) or not bound.is_floating_point()
+    ):
+        raise InputError(
+            f"color: bound must be floating point of shape ({count}, {width}) or ({count}, 1), "
+            f"not {bound.dtype} of shape {tuple(bound.shape)}."
+        )
+    if relative is not None and (relative.shape != (width,) or not relative.is_floating_point()):
+        raise InputError(
+            f"color: relative must be {width} floating-point numbers, not {relative.dtype} of "
+            f"shape {tuple(relative.shape)}."
+        )
+    for name, tensor in (("bound", bound), ("relative", relative)):
+        if tensor is not None and tensor.numel():
+            low, high = torch.aminmax(tensor.detach())
             if not (float(low) >= 0 and math.isfinite(float(high))):
-                raise InputError("color: bound must be finite and not negative.")
+                raise InputError(f"color: {name} must be finite and not negative.")
     if weights is not None and (weights.shape != (count,) or not weights.is_floating_point()):
         raise InputError(
             f"color: weights must be {count} floating-point numbers, not {weights.dtype} of shape "

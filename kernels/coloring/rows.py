@@ -1,5 +1,7 @@
 """Access to the rows that are being colored, without copying them to float64 as a whole."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +17,31 @@ def pick(array: NDArray, index: Index, columns: Index) -> NDArray:
     if isinstance(index, slice) or isinstance(columns, slice):
         return array[index, columns]
     return array[index[:, None], columns]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What every entry may be off by: ``absolute[i, j] + relative[j] * |values[i, j]|``.
+
+    Attributes:
+        absolute: floating [n, d] or [n, 1], or None for zero.
+        relative: float64 [d], or None for zero.  Numbers that were rounded need no matrix.
+    """
+
+    absolute: Floats | None
+    relative: Floats | None = None
+
+    def at(self, values: Floats, index: Index, columns: Index) -> Floats:
+        """Float64, broadcastable to `values`, which are the rows' entries at these places."""
+        result: Floats = np.zeros((1, 1))
+        if self.absolute is not None:
+            if self.absolute.shape[1] == 1:
+                result = self.absolute[index].astype(np.float64)
+            else:
+                result = pick(self.absolute, index, columns).astype(np.float64)
+        if self.relative is not None:
+            result = result + np.abs(values) * self.relative[columns]
+        return result
 
 
 class Rows(Protocol):
@@ -36,8 +63,8 @@ class Rows(Protocol):
 class PlainRows:
     """Rows compared as they are."""
 
-    def __init__(self, values: Floats, bounds: Floats | None) -> None:
-        """`values`: float32 or float64 [n, d]; `bounds`: floating [n, d] or [n, 1], or None."""
+    def __init__(self, values: Floats, bounds: Bounds | None) -> None:
+        """`values`: float32 or float64 [n, d]."""
         self.count, self.width = values.shape
         self.has_bounds = bounds is not None
         self._values = values
@@ -51,9 +78,7 @@ class PlainRows:
         """See `Rows.bounds`."""
         if self._bounds is None:
             return np.zeros((1, 1))
-        if self._bounds.shape[1] != self.width:
-            return self._bounds[index].astype(np.float64)
-        return pick(self._bounds, index, columns).astype(np.float64)
+        return self._bounds.at(self.values(index, columns), index, columns)
 
 
 class NormalisedRows:
@@ -65,7 +90,7 @@ class NormalisedRows:
     proportional, so no bound is needed for exactness.
     """
 
-    def __init__(self, values: Floats, bounds: Floats | None, norms: Floats) -> None:
+    def __init__(self, values: Floats, bounds: Bounds | None, norms: Floats) -> None:
         """`norms`: float64 [n], ``abs(values).max(axis=1)``, and 1 for rows that count as zero."""
         self.count, self.width = values.shape
         self.has_bounds = bounds is not None
@@ -74,18 +99,15 @@ class NormalisedRows:
         self._norms = norms[:, None]
         if bounds is None:
             return
-        if bounds.shape[1] == 1:
-            self._norm_error = bounds.astype(np.float64)
-        else:
-            upper = np.empty(self.count)
-            lower = np.empty(self.count)
-            step = max(1, 2**18 // max(1, self.width))
-            for start in range(0, self.count, step):
-                block = slice(start, start + step)
-                size = np.abs(values[block]).astype(np.float64)
-                upper[block] = (size + bounds[block]).max(axis=1)
-                lower[block] = (size - bounds[block]).max(axis=1)
-            self._norm_error = np.maximum(upper - norms, norms - lower)[:, None]
+        upper = np.empty(self.count)
+        lower = np.empty(self.count)
+        everything = slice(None)
+        for block in blocks(self.count, self.width):
+            size = np.abs(values[block]).astype(np.float64)
+            error = bounds.at(size, block, everything)
+            upper[block] = (size + error).max(axis=1)
+            lower[block] = (size - error).max(axis=1)
+        self._norm_error = np.maximum(upper - norms, norms - lower)[:, None]
 
     def values(self, index: Index, columns: Index) -> Floats:
         """See `Rows.values`."""
@@ -95,11 +117,18 @@ class NormalisedRows:
         """See `Rows.bounds`."""
         if self._bounds is None:
             return np.zeros((1, 1))
-        wide = self._bounds.shape[1] == self.width
-        bounds = pick(self._bounds, index, columns) if wide else self._bounds[index]
-        spread = np.abs(self.values(index, columns)) * self._norm_error[index]
+        values = pick(self._values, index, columns)
+        norms = self._norms[index]
+        spread = np.abs(values) / norms * self._norm_error[index]
         # Entries lie in [-1, 1]; a bound above 2 says no more than 2 does, and never overflows.
-        return np.minimum((bounds + spread) / self._norms[index], 2.0)
+        return np.minimum((self._bounds.at(values, index, columns) + spread) / norms, 2.0)
+
+
+def blocks(count: int, width: int) -> Iterator[slice]:
+    """Consecutive rows, few enough at a time that temporaries stay in the cache."""
+    step = max(1, 2**18 // max(1, width))
+    for start in range(0, count, step):
+        yield slice(start, start + step)
 
 
 def by_appearance(ids: Ints) -> tuple[Ints, Ints]:
@@ -126,7 +155,7 @@ def distinct(rows: Rows, ids: Ints, first: Ints) -> Rows:
     order = np.argsort(ids, kind="stable")
     starts = np.searchsorted(ids[order], np.arange(len(first)))
     bounds = np.minimum.reduceat(rows.bounds(order, everything), starts, axis=0)
-    return PlainRows(values, bounds)
+    return PlainRows(values, Bounds(bounds))
 
 
 def value_order(values: Floats) -> Ints:

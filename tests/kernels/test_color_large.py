@@ -9,7 +9,7 @@ from scipy.spatial.distance import cdist
 from fxfib.errors import InputError
 from fxfib.kernels import color
 from fxfib.kernels.coloring import cluster, identical, window
-from fxfib.kernels.coloring.rows import PlainRows
+from fxfib.kernels.coloring.rows import Bounds, PlainRows
 
 
 def renumbered(labels):
@@ -170,10 +170,32 @@ def test_a_window_misses_no_pair_and_repeats_none():
 
 def test_ternary_weights_do_not_widen_the_window():
     rows = weights("ternary", 2000, 200).numpy()
-    source = PlainRows(rows, np.full((2000, 1), 1e-5))
+    source = PlainRows(rows, Bounds(np.full((2000, 1), 1e-5)))
     columns = window.telling_columns(source, 0.0, 8)
     found = window.candidates(source, 0.0, np.zeros(2000, dtype=np.int64), columns)
     assert found.size() < 50_000
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("absolute", [False, True])
+def test_relative_bounds_are_bounds_in_short(scaled, absolute):
+    generator = torch.Generator().manual_seed(5)
+    base = torch.randn(40, 12, generator=generator, dtype=torch.float64)
+    rows = base[torch.randint(40, (120,), generator=generator)]
+    rows *= 1 + 3e-6 * torch.rand(120, 12, generator=generator, dtype=torch.float64)
+    if scaled:
+        rows *= torch.rand(120, 1, generator=generator, dtype=torch.float64) + 0.5
+    relative = torch.rand(12, generator=generator, dtype=torch.float64) * 3e-6
+    bound = torch.rand(120, 12, generator=generator) * 1e-6 if absolute else None
+    dense = rows.abs() * relative + (0 if bound is None else bound)
+    expected = color(rows, bound=dense, scaled=scaled)
+    found = color(rows, bound=bound, relative=relative, scaled=scaled)
+    assert 40 <= expected.num_classes < 120
+    assert torch.equal(found.labels, expected.labels)
+    with pytest.raises(InputError, match="relative"):
+        color(rows, relative=-relative)
+    with pytest.raises(InputError, match="relative"):
+        color(rows, relative=relative[:-1])
 
 
 def test_a_chain_too_long_for_memory_is_refused(monkeypatch):
