@@ -132,36 +132,38 @@ class Split:
             return tensor
         generator = np.random.default_rng([*layout.seed, axis, tensor.ndim])
         copies = layout.representative
-        wide = tensor.detach().to(torch.float64).movedim(axis, 0)
-        shape = (len(copies), *wide.shape[1:])
+        times = np.bincount(copies, minlength=layout.full)
         share = generator.uniform(0.25, 1.0, len(copies))
         share /= np.bincount(copies, share, layout.full)[copies]
-        result = wide[torch.from_numpy(copies).to(wide.device)]
-        result = result * torch.from_numpy(share).to(wide.device).reshape(
-            -1, *[1] * (wide.ndim - 1)
-        )
-        size = float(wide.abs().mean()) if wide.numel() else 0.0
-        change = torch.from_numpy(generator.standard_normal(shape)).to(wide.device)
-        times = np.bincount(copies, minlength=layout.full)
-        index = torch.from_numpy(copies).to(wide.device)
-        mean = torch.zeros(wide.shape, dtype=torch.float64, device=wide.device)
-        mean.index_add_(0, index, change)
-        mean /= (
-            torch.from_numpy(np.maximum(times, 1))
-            .to(wide.device)
-            .reshape(-1, *[1] * (wide.ndim - 1))
-        )
-        change = (change - mean[index]) * (layout.zero_sum * size)
-        rounded = (result + change).to(tensor.dtype)
+        several = np.flatnonzero(times > 1)
+        number = np.full(layout.full, -1)
+        number[several] = np.arange(len(several))
+        touched = np.flatnonzero(times[copies] > 1)  # a node with one copy keeps its column
+
+        def index(values: Labels) -> torch.Tensor:
+            return torch.from_numpy(values).to(tensor.device)
+
+        stored = tensor.detach().movedim(axis, 0)
+        result = stored[index(copies)]
+        wide = stored[index(several)].to(torch.float64)
+        of = index(number[copies[touched]])
+        column = (-1, *[1] * (tensor.ndim - 1))
+        size = float(stored.abs().mean(dtype=torch.float64)) if stored.numel() else 0.0
+        normal = generator.standard_normal((len(touched), *stored.shape[1:]), dtype=np.float32)
+        change = torch.from_numpy(normal).to(wide)
+        mean = torch.zeros_like(wide).index_add_(0, of, change)
+        mean /= index(times[several]).reshape(column)
+        change.sub_(mean[of]).mul_(layout.zero_sum * size)
+        change.addcmul_(wide[of], index(share[touched]).reshape(column))
+        rounded = change.to(tensor.dtype)
         # What rounding took from the sum goes to the last copy: the sum is right to one rounding.
-        total = torch.zeros_like(mean).index_add_(0, index, rounded.to(torch.float64))
-        last = np.zeros(layout.full, dtype=np.int64)
-        last[copies] = np.arange(len(copies))
-        once = torch.from_numpy(last[times > 1]).to(wide.device)
-        several = torch.from_numpy(np.flatnonzero(times > 1)).to(wide.device)
-        fixed = rounded[once].to(torch.float64) + (wide - total)[several]
-        rounded[once] = fixed.to(tensor.dtype)
-        return rounded.movedim(0, axis).contiguous()
+        total = torch.zeros_like(wide).index_add_(0, of, rounded.to(torch.float64))
+        last = np.zeros(len(several), dtype=np.int64)
+        last[number[copies[touched]]] = np.arange(len(touched))
+        fixed = rounded[index(last)].to(torch.float64) + (wide - total)
+        rounded[index(last)] = fixed.to(tensor.dtype)
+        result[index(touched)] = rounded
+        return result.movedim(0, axis).contiguous()
 
 
 class Copies:
