@@ -184,7 +184,8 @@ def _explain(model: nn.Module, error: Exception) -> CaptureError:
     if _is_data_dependent(error):
         explained = CaptureError(
             f"{name} has data-dependent control flow{place}: what runs next depends on the values "
-            "of a tensor; use torch.where or move the decision out of the model."
+            "of a tensor; use torch.where, move the decision out of the model, or compile a part "
+            "of it, such as its backbone."
         )
     else:
         first = (text.strip().splitlines() or [type(error).__name__])[0]
