@@ -237,19 +237,26 @@ def scale_tolerance(
     labels: Labels,
     roundoff: float,
 ) -> Floats:
-    """How far a scale may be off, relatively: it is a ratio of two largest entries of rows."""
+    """How far a scale may be off, relatively: it is a ratio of two largest entries of rows.
+
+    Only nodes that share their color have a scale other than one, so only their rows are read.
+    """
     result = np.full(len(labels), 8 * roundoff)
-    if (bound is None and relative is None) or not rows.shape[1]:
+    _, first, inverse, sizes = np.unique(
+        labels, return_index=True, return_inverse=True, return_counts=True
+    )
+    shared = np.flatnonzero(sizes[inverse] > 1)
+    if (bound is None and relative is None) or not rows.shape[1] or not len(shared):
         return result
-    size, place = rows.abs().max(1, keepdim=True)
+    chosen = torch.from_numpy(shared)
+    size, place = rows[chosen].abs().max(1, keepdim=True)
     own = np.zeros(len(labels))
     if bound is not None:
-        of_largest = bound.expand(rows.shape).gather(1, place).to(torch.float64)
-        own += (of_largest / size.to(torch.float64).clamp(min=1e-300)).squeeze(1).numpy()
+        of_largest = bound.expand(rows.shape)[chosen].gather(1, place).to(torch.float64)
+        own[shared] += (of_largest / size.to(torch.float64).clamp(min=1e-300)).squeeze(1).numpy()
     if relative is not None:
-        own += relative[place.squeeze(1)].numpy()
-    _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
-    return result + own + own[first][inverse.reshape(-1)]
+        own[shared] += relative[place.squeeze(1)].numpy()
+    return result + own + own[first][inverse]
 
 
 def color_form(form: Form, size: int, eps: float, criterion: str, roundoff: float = 0.0) -> Factor:
@@ -312,7 +319,19 @@ def color_form(form: Form, size: int, eps: float, criterion: str, roundoff: floa
 
 def zero_rows(form: Form) -> npt.NDArray[np.bool_]:
     """Which rows are zero, or nowhere more than their rounding."""
+    few = slice(None, None, max(1, form.rows.shape[1] // 8))
+    result = ~_above_rounding(form, few).any(dim=1)
+    # A few entries tell almost every row from zero; the others are read as a whole.
+    rest = torch.nonzero(result).squeeze(1)
+    if len(rest):
+        bound = None if form.rows_bound is None else form.rows_bound[rest]
+        only = replace(form, rows=form.rows[rest], rows_bound=bound)
+        result[rest] = ~_above_rounding(only, slice(None)).any(dim=1)
+    return np.asarray(result.numpy())
+
+
+def _above_rounding(form: Form, columns: slice) -> torch.Tensor:
+    rows = form.rows[:, columns]
     if form.rows_bound is None:
-        return ~(form.rows != 0).any(dim=1).numpy()
-    above = form.rows.abs() > form.rows_bound
-    return ~above.any(dim=1).numpy()
+        return rows != 0
+    return rows.abs() > form.rows_bound.expand(form.rows.shape)[:, columns]
