@@ -1,24 +1,24 @@
 """Clusters of bounded diameter: components of the closeness graph, split by complete linkage."""
 
 import numpy as np
+import torch
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import pdist
 
 from fxfib.errors import InputError
+from fxfib.kernels.coloring.closeness import Closeness, PairFinder
 from fxfib.kernels.coloring.rows import Floats, Ints, Rows, value_order
-from fxfib.kernels.coloring.window import all_pairs, candidates, telling_columns
+from fxfib.kernels.coloring.window import all_pairs, candidates
 
 # Complete linkage holds m^2 / 2 float64 distances (and scipy a copy): 3 GiB at this size.
 LARGEST_COMPONENT = 20_000
 
-_PROBES = 8
-_CACHED_ELEMENTS = 2**16
 _ROUNDOFF = 2.0**-52
 
 
-def bounded_clusters(rows: Rows, eps: float, groups: Ints) -> Ints:
+def bounded_clusters(rows: Rows, eps: float, groups: Ints, find: PairFinder | None = None) -> Ints:
     """Clusters in which every pair of rows is close.
 
     Rows i and j of one group are close when :math:`|a_{ij} - a_{kj}| <= eps + b_{ij} + b_{kj}` in
@@ -30,6 +30,8 @@ def bounded_clusters(rows: Rows, eps: float, groups: Ints) -> Ints:
         rows: n > 0 distinct rows.
         eps: closeness on top of the rows' own bounds.
         groups: int64 [n]; rows of different groups are never close.
+        find: finds the close pairs elsewhere (on another device); None: here, and without comparing
+            pairs that are connected already.
 
     Returns:
         int64 [n], cluster numbers in no particular order.
@@ -39,8 +41,8 @@ def bounded_clusters(rows: Rows, eps: float, groups: Ints) -> Ints:
     """
     if rows.width == 0 or rows.count == 1:
         return groups
-    search = _Closeness(rows, eps)
-    components = _components(search, groups)
+    search = Closeness(rows, eps)
+    components = _components(search, groups) if find is None else _found(rows, eps, groups, find)
     open_components = _not_cliques(search, components)
     clusters = components
     fresh = rows.count
@@ -51,64 +53,7 @@ def bounded_clusters(rows: Rows, eps: float, groups: Ints) -> Ints:
     return clusters
 
 
-class _Closeness:
-    """Distances of pairs, given up on as soon as one column tells the pair apart."""
-
-    def __init__(self, rows: Rows, eps: float) -> None:
-        self.rows = rows
-        self.eps = eps
-        self.columns = telling_columns(rows, eps, _PROBES)
-        everyone = slice(None)
-        self._probe = rows.values(everyone, self.columns).astype(np.float64)
-        bounds = rows.bounds(everyone, self.columns)
-        self._probe_bounds = np.broadcast_to(bounds, self._probe.shape)
-
-    def distances(self, left: Ints, right: Ints) -> Floats:
-        """Float64 [pairs]: the L-infinity distance, or infinity where the pair is not close."""
-        result = np.full(len(left), np.inf)
-        alive = np.arange(len(left))
-        for probe in range(self._probe.shape[1]):
-            column, bounds = self._probe[:, probe], self._probe_bounds[:, probe]
-            gap = np.abs(column[left[alive]] - column[right[alive]])
-            allowed = bounds[left[alive]] + bounds[right[alive]] + self.eps
-            alive = alive[gap <= allowed]
-            if not len(alive):
-                return result
-        largest = np.zeros(len(left))
-        start, step = 0, 32
-        while start < self.rows.width and len(alive):
-            columns = slice(start, start + step)
-            alive = self._filter(left, right, alive, columns, largest)
-            start, step = start + step, min(4 * step, _CACHED_ELEMENTS)
-        result[alive] = largest[alive]
-        return result
-
-    def _filter(
-        self, left: Ints, right: Ints, alive: Ints, columns: slice, largest: Floats
-    ) -> Ints:
-        """The pairs that are still close after `columns`; raises `largest` to their distance."""
-        kept = []
-        width = min(columns.stop, self.rows.width) - columns.start
-        step = max(1, _CACHED_ELEMENTS // width)
-        for start in range(0, len(alive), step):
-            pairs = alive[start : start + step]
-            i, j = left[pairs], right[pairs]
-            gap = self.rows.values(i, columns).astype(np.float64)
-            gap -= self.rows.values(j, columns)
-            np.abs(gap, out=gap)
-            if self.rows.has_bounds:
-                allowed = self.rows.bounds(i, columns) + self.rows.bounds(j, columns) + self.eps
-                close = (gap <= allowed).all(axis=1)
-                furthest = gap.max(axis=1)
-            else:
-                furthest = gap.max(axis=1)
-                close = furthest <= self.eps
-            largest[pairs] = np.maximum(largest[pairs], furthest)
-            kept.append(pairs[close])
-        return np.concatenate(kept)
-
-
-def _components(search: _Closeness, groups: Ints) -> Ints:
+def _components(search: Closeness, groups: Ints) -> Ints:
     """Connected components of the closeness graph.
 
     Pairs that are connected already are not compared, and comparison starts with few pairs, so a
@@ -133,7 +78,22 @@ def _components(search: _Closeness, groups: Ints) -> Ints:
     return labels
 
 
-def _not_cliques(search: _Closeness, components: Ints) -> list[Ints]:
+def _found(rows: Rows, eps: float, groups: Ints, find: PairFinder) -> Ints:
+    """Connected components of the graph whose edges are found elsewhere."""
+    values, bound, relative = rows.arrays()
+    left, right = find(
+        torch.from_numpy(values),
+        eps,
+        None if bound is None else torch.from_numpy(bound),
+        None if relative is None else torch.from_numpy(relative),
+        torch.from_numpy(groups),
+    )
+    edges = left.cpu().numpy(), right.cpu().numpy()
+    graph = coo_array((np.ones(len(edges[0]), dtype=bool), edges), (rows.count, rows.count))
+    return connected_components(graph, directed=False)[1].astype(np.int64)
+
+
+def _not_cliques(search: Closeness, components: Ints) -> list[Ints]:
     """Members of every component that may hold a pair that is not close.
 
     Intervals on a line that overlap pairwise have a common point, so a component is a clique when,
@@ -171,7 +131,7 @@ def _not_cliques(search: _Closeness, components: Ints) -> list[Ints]:
     return [part for part, done in zip(parts, clique, strict=True) if not done]
 
 
-def _complete_linkage(search: _Closeness, members: Ints) -> Ints:
+def _complete_linkage(search: Closeness, members: Ints) -> Ints:
     """Cluster numbers from 0 for the rows of one component."""
     if len(members) > LARGEST_COMPONENT:
         raise InputError(
@@ -190,7 +150,7 @@ def _complete_linkage(search: _Closeness, members: Ints) -> Ints:
     return numbers
 
 
-def _condensed(search: _Closeness, members: Ints, values: Floats) -> Floats:
+def _condensed(search: Closeness, members: Ints, values: Floats) -> Floats:
     """Distances of all pairs of `members` in scipy's order, infinite where a pair is not close."""
     parts: list[Floats] = []
     for left, right in all_pairs(members).pairs():
@@ -202,7 +162,7 @@ def _condensed(search: _Closeness, members: Ints, values: Floats) -> Floats:
     return np.concatenate(parts)
 
 
-def _mostly_close(search: _Closeness, left: Ints, right: Ints) -> bool:
+def _mostly_close(search: Closeness, left: Ints, right: Ints) -> bool:
     """Whether early exit would seldom happen, so that scipy's plain loop is faster."""
     step = max(1, len(left) // 256)
     return float(np.isfinite(search.distances(left[::step], right[::step])).mean()) > 0.1

@@ -59,6 +59,10 @@ class Rows(Protocol):
         """Float64, broadcastable to `values`; zeros where the rows have no bounds."""
         ...
 
+    def arrays(self) -> tuple[Floats, Floats | None, Floats | None]:
+        """All values, their absolute bounds and their relative ones, as in `Bounds`."""
+        ...
+
 
 class PlainRows:
     """Rows compared as they are."""
@@ -79,6 +83,12 @@ class PlainRows:
         if self._bounds is None:
             return np.zeros((1, 1))
         return self._bounds.at(self.values(index, columns), index, columns)
+
+    def arrays(self) -> tuple[Floats, Floats | None, Floats | None]:
+        """See `Rows.arrays`."""
+        if self._bounds is None:
+            return self._values, None, None
+        return self._values, self._bounds.absolute, self._bounds.relative
 
 
 class NormalisedRows:
@@ -123,6 +133,12 @@ class NormalisedRows:
         # Entries lie in [-1, 1]; a bound above 2 says no more than 2 does, and never overflows.
         return np.minimum((self._bounds.at(values, index, columns) + spread) / norms, 2.0)
 
+    def arrays(self) -> tuple[Floats, Floats | None, Floats | None]:
+        """See `Rows.arrays`."""
+        everything = slice(None)
+        values = self.values(everything, everything)
+        return values, self.bounds(everything, everything) if self.has_bounds else None, None
+
 
 def blocks(count: int, width: int) -> Iterator[slice]:
     """Consecutive rows, few enough at a time that temporaries stay in the cache."""
@@ -159,6 +175,14 @@ def distinct(rows: Rows, ids: Ints, first: Ints) -> Rows:
 
 
 def value_order(values: Floats) -> Ints:
-    """An order of distinct rows that depends on their values alone, not on where they stand."""
-    keys = [row.tobytes() for row in values + 0.0]
+    """Distinct rows sorted by their first column, then by their second, and so on.
+
+    An order that depends on the values alone, not on where the rows stand.
+    """
+    signed, whole = (np.int32, np.uint32) if values.dtype == np.float32 else (np.int64, np.uint64)
+    # Adding +0 turns -0 into +0.  Negative numbers count down in their bits, and have the top one.
+    bits = np.ascontiguousarray(values + values.dtype.type(0)).view(whole)
+    top = whole(np.iinfo(signed).max) + whole(1)
+    bits = np.where(bits >= top, np.invert(bits), np.bitwise_or(bits, top))
+    keys = [row.tobytes() for row in bits.astype(bits.dtype.newbyteorder(">"))]
     return np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)

@@ -8,7 +8,7 @@ from scipy.spatial.distance import cdist
 
 from fxfib.errors import InputError
 from fxfib.kernels import color
-from fxfib.kernels.coloring import cluster, identical, window
+from fxfib.kernels.coloring import closeness, cluster, identical, window
 from fxfib.kernels.coloring.rows import Bounds, PlainRows
 
 
@@ -88,7 +88,7 @@ def test_block_sizes_do_not_matter(monkeypatch, options, groups):
     expected = color(rows, must_match=groups, **options)
     assert 5 < expected.num_classes < 110
     monkeypatch.setattr(window, "PAIRS_AT_ONCE", 11)
-    monkeypatch.setattr(cluster, "_CACHED_ELEMENTS", 7)
+    monkeypatch.setattr(closeness, "_CACHED_ELEMENTS", 7)
     monkeypatch.setattr(identical, "_BLOCK_WORDS", 5)
     monkeypatch.setattr(cluster, "_mostly_close", lambda *_: False)
     result = color(rows, must_match=groups, **options)
