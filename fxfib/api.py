@@ -16,7 +16,6 @@ from tqdm import tqdm
 from fxfib._version import __version__
 from fxfib.capture import Captured, capture, normalize_inputs
 from fxfib.errors import InputError, VerifyError
-from fxfib.kernels import CRITERIA
 from fxfib.macs import macs_of
 from fxfib.modules import FibrationModule, raise_modules, unshare
 from fxfib.passes.forward import Analysis
@@ -26,6 +25,9 @@ from fxfib.passes.rewrite import Rewriter, UnfitError
 from fxfib.passes.rules.base import hint
 from fxfib.passes.verify import TOLERANCE, Difference, difference, run_float64
 from fxfib.report import Report
+
+# The kernels know more criteria than the passes can merge by.
+CRITERIA = ("fibration",)
 
 
 def compile(
