@@ -74,14 +74,14 @@ def compile(
     """
     check_options(eps, criterion, calibration, round_to)
     patterns = tuple([skip] if isinstance(skip, str) else skip)
-    options = dict(
-        eps=float(eps),
-        criterion=criterion,
-        round_to=round_to,
-        skip=patterns,
-        verify=verify,
-        progress=progress,
-    )
+    options = {
+        "eps": float(eps),
+        "criterion": criterion,
+        "round_to": round_to,
+        "skip": patterns,
+        "verify": verify,
+        "progress": progress,
+    }
     if example_inputs is None and not example_kwargs:
         from fxfib.deferred import DeferredModule
 
@@ -288,7 +288,8 @@ def _verified(
         if not worst <= tolerance:
             raise VerifyError(
                 f"the compiled {report.model} differs from the original by {worst:.2g} (relative) "
-                f"on the example inputs, above the tolerance of {tolerance:g}; nothing was returned."
+                f"on the example inputs, above the tolerance of {tolerance:g}; nothing was "
+                "returned."
             )
     return Report(**{**vars(report), **values})
 

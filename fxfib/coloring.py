@@ -5,8 +5,8 @@ activation for every input of the network (Eq. 4), up to one known positive fact
 color ``c`` carries ``scales[i] * base(c)``.  The factor is what makes fibers of positively
 homogeneous activations (ReLU, max-pool, identity) mergeable when their rows are only parallel.
 
-Two colors are reserved in every coloring: ``ONE`` is a constant activation whose value is its scale,
-``ZERO`` is the constant zero.  With them a bias is just the weight that reads the color ``ONE``.
+Two colors are reserved in every coloring: ``ONE`` is a constant activation whose value is its
+scale, ``ZERO`` is the constant zero.  With them a bias is the weight that reads the color ``ONE``.
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ class Factor:
 
     @property
     def constant(self) -> npt.NDArray[np.bool_]:
+        """Which nodes have one value for every input."""
         return self.labels < FIRST_FREE
 
     @property
@@ -160,19 +161,23 @@ class Value:
 
     @property
     def ndim(self) -> int:
+        """Number of axes."""
         return len(self.shape)
 
     def factor(self, axis: int) -> Factor | None:
+        """The coloring that an axis takes part in; None while it is untracked or not colored."""
         for factor in self.factors:
             if axis in factor.axes:
                 return factor
         return None
 
     def tracked(self, axis: int) -> bool:
+        """Whether nodes along an axis may turn out to be equal."""
         return self.factor(axis) is not None or (self.form is not None and self.form.axis == axis)
 
     @property
     def tracked_axes(self) -> tuple[int, ...]:
+        """The tracked axes, ascending."""
         axes = [axis for factor in self.factors for axis in factor.axes]
         if self.form is not None and self.form.axis not in axes:
             axes.append(self.form.axis)

@@ -27,9 +27,11 @@ class DeferredModule(nn.Module):
 
     @property
     def fibration(self) -> Any:
+        """The report; None before the first call."""
         return None if self.compiled is None else self.compiled.fibration
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compile on these inputs if that has not been done; run the result."""
         if self.compiled is None:
             from fxfib.api import compile_now
 

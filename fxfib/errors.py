@@ -10,7 +10,7 @@ class FxfibError(Exception):
 
 
 class InputError(FxfibError, ValueError):
-    """An argument is out of its range or of the wrong kind (negative eps, unknown criterion ...)."""
+    """An argument is out of its range or of the wrong kind (negative eps, unknown criterion)."""
 
 
 class CaptureError(FxfibError):
@@ -18,7 +18,7 @@ class CaptureError(FxfibError):
 
 
 class RefusedError(FxfibError):
-    """The model was understood and is not one that can be compiled (NaN weights, meta device ...)."""
+    """The model was understood and cannot be compiled (NaN weights, meta device ...)."""
 
 
 class VerifyError(FxfibError):

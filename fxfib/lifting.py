@@ -1,7 +1,7 @@
 """The inverse of a compile: a wider module that computes the same function.
 
-A node becomes several copies; its outgoing columns are split among them at random, with changes that
-sum to zero, so copies are fibers without being plain duplicates.  The same rules that rewrite a
+A node becomes several copies; its outgoing columns are split among them at random, with changes
+that sum to zero, so copies are fibers without being plain duplicates.  The rules that rewrite a
 merged graph rewrite a lifted one: only the layouts differ.
 """
 
@@ -83,8 +83,8 @@ def lift(
         tolerance = max((TOLERANCE[d] for d in dtypes if d in TOLERANCE), default=1e-4)
         if not gap <= tolerance:
             raise VerifyError(
-                f"the lifted {type(captured.source).__name__} differs from the original by {gap:.2g} "
-                f"(relative), above the tolerance of {tolerance:g}; nothing was returned."
+                f"the lifted {type(captured.source).__name__} differs from the original by "
+                f"{gap:.2g} (relative), above the tolerance of {tolerance:g}; nothing was returned."
             )
     unshare(lifted, captured.source)
     return lifted
@@ -105,13 +105,16 @@ class LiftLayout(Layout):
 
     @cached_property
     def counts(self) -> npt.NDArray[np.float64]:
+        """Each copy counts for its share of the node it is a copy of."""
         times = np.bincount(self.representative, minlength=self.full)
         return np.asarray(1.0 / times[self.representative])
 
     def rows(self, weights: Floats | None) -> Reducer:
+        """Copies have the row of their node."""
         return self.first
 
     def columns(self, scales: Floats | None) -> Reducer:
+        """Copies share the column of their node."""
         return Split(self)
 
 
@@ -124,9 +127,11 @@ class Split:
 
     @property
     def identity(self) -> bool:
+        """Whether no node has a second copy."""
         return self.layout.identity
 
     def apply(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
+        """The tensor with the columns of an axis divided; every sum over copies is kept."""
         layout = self.layout
         if self.identity:
             return tensor
@@ -140,7 +145,7 @@ class Split:
         number[several] = np.arange(len(several))
         touched = np.flatnonzero(times[copies] > 1)  # a node with one copy keeps its column
 
-        def index(values: Labels) -> torch.Tensor:
+        def index(values: npt.NDArray[Any]) -> torch.Tensor:
             return torch.from_numpy(values).to(tensor.device)
 
         stored = tensor.detach().movedim(axis, 0)
@@ -198,18 +203,21 @@ class Copies:
         }
 
     def find(self, ref: Ref) -> Ref:
+        """The representative of the axes that share a layout with this one."""
         while self.parent.setdefault(ref, ref) != ref:
             self.parent[ref] = self.parent[self.parent[ref]]
             ref = self.parent[ref]
         return ref
 
     def fixed(self, ref: Ref) -> bool:
+        """Whether an axis must keep its size."""
         node, axis = ref
         if isinstance(axis, str) or self.analysis.is_constant(node):
             return False
         return not self.analysis.value(node).tracked(axis)
 
     def length(self, ref: Ref) -> int:
+        """The original size of an axis."""
         node, axis = ref
         if isinstance(axis, str):
             return self.analysis.inner_sizes[node, axis]

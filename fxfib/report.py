@@ -43,7 +43,8 @@ class Report:
         eps, criterion, dtype, device: what was asked, and of what.
         parameters_before, parameters_after: numbers of parameter elements (buffers not counted).
         macs_before, macs_after: multiply-accumulates for one example.
-        error: largest absolute difference of any output on the example inputs, in the model's dtype.
+        error: largest absolute difference of any output on the example inputs, in the model's
+            dtype.
         relative_error: the same over the largest absolute output.
         exact_error: relative difference when both are computed in float64 (eps = 0 only).
         tolerance: what the relative errors were held against (eps = 0 only).

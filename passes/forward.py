@@ -87,7 +87,7 @@ class Analysis:
         self.barriers = dict(barriers or {})
         self.skip = set(skip)
         self.opaque: set[fx.Node] = set()  # barriers: repeated as they are, on full inputs
-        # For a value with a pending form: the nodes that absorbed it, each with the gain it applied.
+        # For a value with a pending form: the nodes that absorbed it, each with its gain.
         self.gains: dict[fx.Node, list[tuple[fx.Node, Floats | None]]] = {}
         self.inner_sizes: dict[Ref, int] = {}  # of axes that exist only inside an op
         self.by_node: dict[fx.Node, list[Relation]] = {}
@@ -181,7 +181,7 @@ class Analysis:
         return value
 
     def factors(self, node: fx.Node) -> dict[int, Factor]:
-        """Colors of a node axis by axis (joint colorings replaced by what they say of each axis)."""
+        """Colors of a node axis by axis (of joint colorings what they say of each axis)."""
         value = self.color(node)
         return {axis: f.along(axis) for f in value.factors for axis in f.axes}
 

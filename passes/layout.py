@@ -67,7 +67,7 @@ class Layout:
 
     @cached_property
     def counts(self) -> npt.NDArray[np.float64]:
-        """How many original nodes each slot stands for (a share of one, where a node was lifted)."""
+        """How many original nodes each slot stands for (where a node was lifted, a share)."""
         raise NotImplementedError
 
     @property

@@ -36,9 +36,9 @@ def live_nodes(analysis: Analysis) -> dict[Ref, Mask]:
         if node.op != "call_function" or analysis.is_constant(node):
             continue
         rule = None if node in analysis.opaque else find_rule(node)
-        if rule is not None and rule.pointwise and not is_tensor(node):
-            if analysis.value(node).parts is not None:
-                continue  # the parts of a split are followed one by one
+        several = rule is not None and rule.pointwise and not is_tensor(node)
+        if several and analysis.value(node).parts is not None:
+            continue  # the parts of a split are followed one by one
         # A node without relations is a barrier, or has nothing tracked: it reads everything.
         if rule is None or node not in analysis.by_node:
             if node.users:

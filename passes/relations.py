@@ -1,6 +1,6 @@
 """What an op demands of the layouts of its operands: declarative, so one solver reads them all.
 
-A *layout* of an axis says which of its nodes share one physical slot in the smaller graph, and which
+A *layout* of an axis says which of its nodes share one slot in the smaller graph, and which
 have none (constants folded into their readers, nodes that nobody reads).  A rule never decides; it
 returns relations, and :mod:`fxfib.passes.solve` finds the coarsest layouts that obey all of them.
 :func:`fxfib.lift` reads the same relations the other way round.

@@ -248,9 +248,9 @@ class Rewriter:
             is_parameter = isinstance(tensor, nn.Parameter) or any(
                 isinstance(self._original(n), nn.Parameter) for n in like or []
             )
+            is_parameter = is_parameter and tensor.dtype.is_floating_point
             if is_parameter and not isinstance(tensor, nn.Parameter):
-                if tensor.dtype.is_floating_point:
-                    tensor = nn.Parameter(tensor, requires_grad=requires_grad)
+                tensor = nn.Parameter(tensor, requires_grad=requires_grad)
             _place(self.root, name, tensor, persistent=self._persistent(base, original))
             self._tensors[name] = tensor
             self._attributes[key] = self.graph.get_attr(name)

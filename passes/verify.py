@@ -66,7 +66,7 @@ def difference(expected: Sequence[Any], found: Sequence[Any]) -> Difference:
 
 
 class Float64(fx.Interpreter):
-    """Runs a captured graph in float64: parameters are widened where they are used, one at a time."""
+    """Runs a captured graph in float64: parameters are widened one by one, where they are used."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """The call on wide operands; a dtype among the arguments is wide too."""

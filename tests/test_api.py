@@ -84,7 +84,7 @@ def test_bad_options():
         fxfib.compile(network(), 0.0, INPUTS, round_to=0)
     with pytest.raises(InputError, match="calibration"):
         fxfib.compile(network(), 0.0, INPUTS, calibration=[INPUTS])
-    with pytest.raises(InputError, match="skip pattern 'layer9.*' matches no layer"):
+    with pytest.raises(InputError, match=r"skip pattern 'layer9\.\*' matches no layer"):
         fxfib.compile(network(), 0.0, INPUTS, skip=("layer9.*",))
     with pytest.raises(InputError, match="unknown symmetry"):
         fxfib.color(network(), INPUTS, symmetry="mirror")

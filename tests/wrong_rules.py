@@ -14,8 +14,11 @@ from fxfib.coloring import Factor
 from fxfib.passes import forward, layout, liveness, plan, rewrite
 from fxfib.passes.relations import Refine
 from fxfib.passes.rules import (
+    activation,
     all_rules,
     base,
+    batch_norm,
+    concatenation,
     convolution,
     elementwise,
     linear,
@@ -24,6 +27,7 @@ from fxfib.passes.rules import (
     parametric,
     pooling,
     reduction,
+    slicing,
 )
 from fxfib.passes.rules.examples import CHANNELS, SHAPES, Example, Sandwich
 from fxfib.signature import Form
@@ -89,14 +93,14 @@ def only_the_first_tap(patch: pytest.MonkeyPatch) -> None:
 
 def _ignore_statistic(name: str) -> Patch:
     def forget(patch: pytest.MonkeyPatch) -> None:
-        right = norm._numbers
+        right = norm.parameter_values
 
         def numbers(analysis: Any, node: Any, size: int, default: float) -> Any:
             if node is not None and str(node.target).endswith(f".{name}"):
                 return np.full(size, default)
             return right(analysis, node, size, default)
 
-        patch.setattr(norm, "_numbers", numbers)
+        patch.setattr(batch_norm, "parameter_values", numbers)
 
     forget.__name__ = f"{name}_ignored_in_batch_norm"
     return forget
@@ -174,14 +178,14 @@ def flatten_mixes_up_positions(patch: pytest.MonkeyPatch) -> None:
 
 @wrong("Concatenate", "channels")
 def cat_without_offsets(patch: pytest.MonkeyPatch) -> None:
-    right = movement.Concatenate.joined
+    right = concatenation.Concatenate.joined
 
     def joined(self: Any, analysis: Any, node: fx.Node, operands: Any, axis: int) -> Any:
         factor = right(self, analysis, node, operands, axis)
         labels = [analysis.factor(operand, axis).labels for operand in operands]
         return replace(factor, labels=np.concatenate(labels))
 
-    patch.setattr(movement.Concatenate, "joined", joined)
+    patch.setattr(concatenation.Concatenate, "joined", joined)
 
 
 @wrong("Concatenate", "cut_tanh", "cut_shifted")
@@ -255,7 +259,7 @@ def padding_does_not_count_in_pools(patch: pytest.MonkeyPatch) -> None:
 
 @wrong("Unary", "sigmoid_default", "tanh_default", "gelu_default")
 def scale_passes_a_sigmoid(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(elementwise.Unary, "homogeneity", "joint")
+    patch.setattr(activation.Unary, "homogeneity", "joint")
 
 
 @wrong("Unary", "sigmoid_default", "cos_default")
@@ -274,12 +278,12 @@ def first_slope_for_all(patch: pytest.MonkeyPatch) -> None:
 
 @wrong("Rearrange", "slice", "slice_end", "narrow")
 def slice_keeps_its_literals(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(movement.Slice, "sizes", lambda self, rewriter, node: {})
+    patch.setattr(slicing.Slice, "sizes", lambda self, rewriter, node: {})
 
 
 @wrong("Rearrange", "roll_cut")
 def classes_reach_across_a_cut(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(movement, "Refine", lambda ref, labels: Refine(ref, np.zeros(len(labels), int)))
+    patch.setattr(slicing, "Refine", lambda ref, labels: Refine(ref, np.zeros(len(labels), int)))
 
 
 @wrong("Linear", "weight")

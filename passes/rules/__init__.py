@@ -6,12 +6,22 @@ __all__ = ["Rule", "all_rules", "find_rule", "overloads", "register"]
 
 # Importing a family registers its rules.
 from fxfib.passes.rules import (  # noqa: F401
+    activation,
+    arithmetic,
+    batch_norm,
+    concatenation,
     convolution,
-    elementwise,
+    gating,
+    group_norm,
     linear,
     movement,
     norm,
+    padding,
+    pairwise,
     parametric,
     pooling,
     reduction,
+    slicing,
+    softmax,
+    splitting,
 )

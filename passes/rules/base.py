@@ -35,7 +35,7 @@ def overloads(*names: str) -> tuple[Any, ...]:
         for overload in packet.overloads():
             op = getattr(packet, overload)
             schema = op._schema
-            # ATen also names Python's arithmetic on numbers, lists and strings: that is no tensor op.
+            # ATen also names Python's arithmetic on numbers, lists, strings: that is no tensor op.
             tensors = any("Tensor" in str(a.type) for a in schema.arguments)
             # Named dimensions are no positions; no rule reads them.
             named = "name" in overload.lower()
@@ -68,7 +68,7 @@ class Rule:
     """One op (or a family of ops that behave alike)."""
 
     targets: ClassVar[tuple[Any, ...]] = ()
-    #: Node by node: an output node reads exactly the input nodes that ``Same`` and ``Move`` tie it to.
+    #: Node by node: an output node reads just the input nodes that ``Same`` and ``Move`` tie to it.
     pointwise: ClassVar[bool] = False
 
     def forward(self, analysis: Analysis, node: fx.Node) -> Value:

@@ -100,7 +100,7 @@ class Convolution(Rule):
             raise Barrier("its weight is computed from the input", "nothing: it is not a parameter")
         if bias is not None and not analysis.is_constant(bias):
             raise Barrier("its bias is computed from the input", "nothing: it is not a parameter")
-        tensor, groups = self.weight_of(analysis, node)
+        tensor, _groups = self.weight_of(analysis, node)
         transposed = self.transposed(analysis, node)
         axis = len(analysis.shape(source)) - (tensor.ndim - 2)
         spatial = [a for a in range(len(analysis.shape(source))) if a != axis]

@@ -61,7 +61,7 @@ class LinearMap(Rule):
         axis = len(analysis.shape(node)) - 1
         matrix = tensor if out == 0 else tensor.t()
         factor = analysis.factor(source, last)
-        rows, bound, offset, offset_bound, columns = collapse_columns(
+        rows, bound, offset, offset_bound, _columns = collapse_columns(
             matrix, factor, offset_constants=True, roundoff=analysis.roundoff
         )
         form = Form(axis, rows, offset, bound, offset_bound, None, ("linear", node.name))

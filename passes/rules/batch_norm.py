@@ -1,0 +1,89 @@
+"""Batch norm with fixed statistics: an affine map a channel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import fx
+
+from fxfib.coloring import Value, opened
+from fxfib.passes.relations import Same
+from fxfib.passes.rules.activation import pass_form
+from fxfib.passes.rules.base import Barrier, Rule, overloads, register
+from fxfib.passes.rules.norm import parameter_values
+from fxfib.signature import Form, form_of_factor
+
+if TYPE_CHECKING:
+    from fxfib.passes.forward import Analysis
+    from fxfib.passes.rewrite import Rewriter
+
+
+@register
+class BatchNorm(Rule):
+    """Batch norm with fixed statistics: an affine map a channel, folded into the rows before."""
+
+    targets = overloads("batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
+    pointwise = True
+
+    def forward(self, analysis: Analysis, node: fx.Node) -> Value:
+        bound = analysis.arguments(node)
+        if bound.get("training", False) or bound["running_mean"] is None:
+            raise Barrier("it normalises by the statistics of the batch", "call model.eval()")
+        source = bound["input"]
+        value = analysis.value(source)
+        if not value.tracked(1):
+            return self.beside(analysis, node, source)
+        size = value.shape[1]
+        gamma = parameter_values(analysis, bound["weight"], size, 1.0)
+        beta = parameter_values(analysis, bound["bias"], size, 0.0)
+        mean = parameter_values(analysis, bound["running_mean"], size, 0.0)
+        variance = parameter_values(analysis, bound["running_var"], size, 1.0)
+        gain = gamma / np.sqrt(variance + bound["eps"])
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            if bound[name] is not None:
+                analysis.relate(Same((node, 1), (bound[name], 0)))
+        others = tuple(f for f in value.factors if 1 not in f.axes)
+        if others:
+            analysis.full(source, [a for f in others for a in f.axes], "batch norm")
+        form = value.form
+        if not isinstance(form, Form) or form.axis != 1:
+            form = form_of_factor(analysis.factors(source)[1])
+        shift = beta - mean * gain
+        form = form.scaled(gain, analysis.roundoff).shifted(
+            shift, analysis.roundoff, magnitude=np.abs(beta) + np.abs(mean * gain)
+        )
+        if others:
+            analysis.relate(Same((node, 1), (source, 1)))
+            return Value(analysis.shape(node), (), form)
+        return pass_form(analysis, node, source, form, gain)
+
+    @staticmethod
+    def beside(analysis: Analysis, node: fx.Node, source: fx.Node) -> Value:
+        """Colors along other axes: every position meets the same affine maps."""
+        factors = []
+        for axis, factor in analysis.factors(source).items():
+            space = (str(node.target), node.name, factor.space)
+            factors.append(opened(factor, scales=False, constants=False, space=space))
+            analysis.relate(Same((node, axis), (source, axis)))
+        return Value(analysis.shape(node), tuple(factors))
+
+    def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
+        bound = rewriter.analysis.arguments(node)
+        first, rows = rewriter.first(node, 1), rewriter.rows(node, 1)
+        before = rewriter.rows(bound["input"], 1)
+        reducers = {"weight": first, "bias": rows, "running_mean": before, "running_var": first}
+        return rewriter.repeat(
+            node,
+            constants={
+                bound[name]: rewriter.constant(bound[name], {0: reducer})
+                for name, reducer in reducers.items()
+                if bound[name] is not None
+            },
+        )
+
+    def examples(self) -> Iterable[Any]:
+        from fxfib.passes.rules import examples
+
+        return examples.batch_norm()

@@ -1,0 +1,159 @@
+"""Norms over parts of the channels: group norm and instance norm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from fxfib.coloring import Factor, Value
+from fxfib.passes.relations import Even, Move, Refine, Same
+from fxfib.passes.rules.base import Barrier, Rule, overloads, register
+from fxfib.passes.rules.norm import LayerNorm, parameter_values
+from fxfib.signature import Form, color_form
+
+if TYPE_CHECKING:
+    from fxfib.passes.forward import Analysis
+    from fxfib.passes.rewrite import Rewriter
+
+
+aten = torch.ops.aten
+
+
+@register
+class GroupNorm(Rule):
+    """Statistics over groups of channels and all positions; then an affine map of each channel."""
+
+    targets = overloads("group_norm")
+
+    def forward(self, analysis: Analysis, node: fx.Node) -> Value:
+        bound = analysis.arguments(node)
+        source, groups = bound["input"], bound["num_groups"]
+        value = analysis.color(source)
+        factor = analysis.factor(source, 1)
+        analysis.full(
+            source, [a for a in value.tracked_axes if a != 1], "group norm mixes this axis"
+        )
+        if factor is None:
+            return Value(value.shape)
+        size = len(factor.labels)
+        inside = size // groups
+        norm = LayerNorm()
+        result = norm.channel(analysis, node, source, 1, 0, bound["weight"], bound["bias"])
+        # Nodes of different groups see different statistics.
+        labels = result.keyed() * groups + np.arange(size) // inside
+        group = analysis.inner(node, "groups", groups)
+        within = analysis.inner(node, "within", inside)
+        analysis.relate(
+            Move(((node, 1),), ((group, within),), np.arange(size)),
+            Refine((node, 1), np.arange(size) // inside),
+            Even(within),
+        )
+        return Value(value.shape, (Factor((1,), labels + 2, np.ones(size), ("group", node.name)),))
+
+    def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
+        bound = rewriter.analysis.arguments(node)
+        source, groups = bound["input"], bound["num_groups"]
+        first = rewriter.first(node, 1)
+        reduced = {
+            p: rewriter.constant(p, {0: first})
+            for p in (bound["weight"], bound["bias"])
+            if p is not None
+        }
+        if rewriter.layout(node, 1).even:
+            return rewriter.repeat(node, constants=reduced)
+        rank = len(rewriter.analysis.shape(source))
+        size = rewriter.size(node, 1)
+        positions = list(range(3, rank + 1))
+        shape = rewriter.shape_arguments(source)
+        split = rewriter.call(
+            aten.view.default,
+            (rewriter.new(source), [shape[0], groups, size // groups, *shape[2:]]),
+        )
+        counts = rewriter.layout(node, 1).counts.reshape(groups, -1)
+        share = rewriter.new_constant(
+            node,
+            (counts / counts.sum(1, keepdims=True)).reshape(1, groups, -1, *[1] * len(positions)),
+            "share",
+            dtype=source.meta["val"].dtype,
+        )
+
+        def average(value: fx.Node) -> fx.Node:
+            weighted = rewriter.call(aten.mul.Tensor, (value, share))
+            total = rewriter.call(aten.sum.dim_IntList, (weighted, [2], True))
+            return rewriter.call(aten.mean.dim, (total, positions, True)) if positions else total
+
+        centered = rewriter.call(aten.sub.Tensor, (split, average(split)))
+        variance = average(rewriter.call(aten.mul.Tensor, (centered, centered)))
+        scale = rewriter.call(
+            aten.rsqrt.default, (rewriter.call(aten.add.Tensor, (variance, bound["eps"])),)
+        )
+        result = rewriter.call(aten.mul.Tensor, (centered, scale))
+        result = rewriter.call(aten.view.default, (result, [shape[0], size, *shape[2:]]))
+        for op, parameter in ((aten.mul.Tensor, bound["weight"]), (aten.add.Tensor, bound["bias"])):
+            if parameter is not None:
+                affine = rewriter.call(
+                    aten.view.default, (reduced[parameter], [1, size, *[1] * (rank - 2)])
+                )
+                result = rewriter.call(op, (result, affine))
+        return result
+
+    def examples(self) -> Iterable[Any]:
+        from fxfib.passes.rules import examples
+
+        return examples.group_norm()
+
+
+@register
+class InstanceNorm(Rule):
+    """Statistics of each channel by itself, then an affine map of each channel."""
+
+    targets = overloads("instance_norm")
+    pointwise = True
+
+    def forward(self, analysis: Analysis, node: fx.Node) -> Value:
+        bound = analysis.arguments(node)
+        if not bound["use_input_stats"]:
+            raise Barrier("it uses running statistics", "use batch norm")
+        if bound["running_mean"] is not None:
+            raise Barrier("it updates running statistics", "call model.eval()")
+        source = bound["input"]
+        value = analysis.color(source)
+        factor = analysis.factor(source, 1)
+        analysis.full(source, [a for a in value.tracked_axes if a != 1], "it mixes this axis")
+        if factor is None:
+            return Value(value.shape)
+        size = len(factor.labels)
+        gamma = parameter_values(analysis, bound["weight"], size, 1.0)
+        beta = parameter_values(analysis, bound["bias"], size, 0.0)
+        for name in ("weight", "bias"):
+            if bound[name] is not None:
+                analysis.relate(Same((node, 1), (bound[name], 0)))
+        analysis.relate(
+            Same((node, 1), (source, 1)),
+            Refine((source, 1), factor.keyed()),
+        )
+        table = torch.from_numpy(np.stack([np.ones(size), gamma, beta], 1))
+        zero = np.zeros(size)
+        form = Form(1, table, zero, None, zero, factor.keyed(), ("instance", node.name))
+        return Value(value.shape, (color_form(form, size, analysis.eps, analysis.criterion),))
+
+    def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
+        bound = rewriter.analysis.arguments(node)
+        first = rewriter.first(node, 1)
+        return rewriter.repeat(
+            node,
+            constants={
+                bound[name]: rewriter.constant(bound[name], {0: first})
+                for name in ("weight", "bias")
+                if bound[name] is not None
+            },
+        )
+
+    def examples(self) -> Iterable[Any]:
+        from fxfib.passes.rules import examples
+
+        return examples.instance_norm()

@@ -1,0 +1,151 @@
+"""Ops with several outputs: split, chunk, unbind, and taking one of them."""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import fx
+
+from fxfib.coloring import (
+    Factor,
+    Value,
+)
+from fxfib.passes.relations import Move, Refine, Same
+from fxfib.passes.rules.base import (
+    Rule,
+    find_rule,
+    is_tensor,
+    overloads,
+    register,
+)
+from fxfib.passes.rules.slicing import AlongAxis
+from fxfib.passes.rules.tracing import moved_factor
+
+if TYPE_CHECKING:
+    from fxfib.passes.forward import Analysis
+    from fxfib.passes.rewrite import Rewriter
+
+
+aten = torch.ops.aten
+
+
+class Parts(AlongAxis):
+    """Ops that return several slices of one axis."""
+
+    def lengths(self, analysis: Analysis, node: fx.Node) -> list[int]:
+        axis = self.axis(analysis, node)
+        return [
+            int(v.shape[axis]) if isinstance(v.shape[axis], int) else -1 for v in node.meta["val"]
+        ]
+
+    def axis(self, analysis: Analysis, node: fx.Node) -> int:
+        (axis,) = self.touched(analysis, node)
+        return axis
+
+    def forward(self, analysis: Analysis, node: fx.Node) -> Value:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        axis = self.axis(analysis, node)
+        analysis.color(source)
+        lengths = self.lengths(analysis, node)
+        if analysis.value(source).tracked(axis):
+            analysis.relate(Refine((source, axis), np.repeat(np.arange(len(lengths)), lengths)))
+            starts = np.cumsum([0, *lengths[:-1]])
+            analysis.relate(
+                *(
+                    Move(
+                        (analysis.inner(node, f"part {k}", length),),
+                        (((source, axis),),),
+                        np.arange(start, start + length),
+                    )
+                    for k, (start, length) in enumerate(zip(starts, lengths, strict=True))
+                )
+            )
+        return Value((), parts=tuple(Value(()) for _ in lengths))
+
+    def part(self, analysis: Analysis, node: fx.Node, number: int, out: fx.Node) -> Value:
+        """The value of one part, for the getitem that takes it."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        axis = self.axis(analysis, node)
+        lengths = self.lengths(analysis, node)
+        start = int(sum(lengths[:number])) if analysis.value(source).tracked(axis) else 0
+        factors = []
+        for own, factor in analysis.factors(source).items():
+            if own == axis:
+                index = np.arange(start, start + lengths[number])
+                analysis.relate(Move(((out, own),), (((source, own),),), index))
+                factors.append(moved_factor(factor, (own,), index))
+            else:
+                analysis.relate(Same((out, own), (source, own)))
+                factors.append(factor)
+        return Value(analysis.shape(out), tuple(factors))
+
+    def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        axis = self.axis(rewriter.analysis, node)
+        if rewriter.layout(source, axis).identity:
+            return rewriter.repeat(node)
+        sizes = [
+            rewriter.layout(node, f"part {k}").size
+            for k in range(len(self.lengths(rewriter.analysis, node)))
+        ]
+        return rewriter.call(aten.split_with_sizes.default, (rewriter.new(source), sizes, axis))
+
+
+@register
+class Split(Parts):
+    """Split, chunk: consecutive slices."""
+
+    targets = overloads("split", "split_with_sizes", "chunk", "tensor_split")
+
+
+@register
+class Unbind(Parts):
+    """Every position of an axis by itself: the axis keeps its full width and disappears."""
+
+    targets = overloads("unbind")
+
+    def forward(self, analysis: Analysis, node: fx.Node) -> Value:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        analysis.color(source)  # its rows may be gone when the parts are visited
+        analysis.full(source, [self.axis(analysis, node)], "it is taken apart along this axis")
+        return Value((), parts=tuple(Value(()) for _ in node.meta["val"]))
+
+    def part(self, analysis: Analysis, node: fx.Node, number: int, out: fx.Node) -> Value:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        axis = self.axis(analysis, node)
+        factors = []
+        for own, factor in analysis.factors(source).items():
+            if own != axis:
+                place = own - (own > axis)
+                analysis.relate(Same((out, place), (source, own)))
+                factors.append(Factor((place,), factor.labels, factor.scales, factor.space))
+        return Value(analysis.shape(out), tuple(factors))
+
+    def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
+        return rewriter.repeat(node)
+
+
+@register
+class GetItem(Rule):
+    """One output of an op with several."""
+
+    targets = (operator.getitem,)
+    pointwise = True
+
+    def forward(self, analysis: Analysis, node: fx.Node) -> Value:
+        source, number = node.args
+        assert isinstance(source, fx.Node)
+        rule = find_rule(source)
+        if not is_tensor(node):
+            return Value(())
+        if analysis.value(source).parts is not None:
+            return rule.part(analysis, source, int(number), node)  # type: ignore[union-attr,arg-type]
+        return Value(analysis.shape(node))
