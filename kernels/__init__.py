@@ -9,7 +9,7 @@ scipy:
 """
 
 from fxfib.kernels.collapse.reference import collapse
-from fxfib.kernels.coloring.color import CRITERIA, Coloring, color
+from fxfib.kernels.coloring.color import CRITERIA, Coloring, color, color_batch
 from fxfib.kernels.merge.reference import merge
 
-__all__ = ["CRITERIA", "Coloring", "collapse", "color", "merge"]
+__all__ = ["CRITERIA", "Coloring", "collapse", "color", "color_batch", "merge"]

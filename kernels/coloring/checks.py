@@ -7,7 +7,9 @@ from torch import Tensor
 
 from fxfib.errors import InputError
 
-CRITERIA = ("fibration",)
+CRITERIA = ("fibration", "cosine", "energy")
+# Largest eps of the criteria that have one.
+_LARGEST = {"cosine": 2.0, "energy": 1.0}
 
 
 def check_arguments(
@@ -28,6 +30,10 @@ def check_arguments(
         raise InputError(f"color: unknown criterion {criterion!r}; known: {', '.join(CRITERIA)}.")
     if not (isinstance(eps, (int, float)) and math.isfinite(eps) and eps >= 0):
         raise InputError(f"color: eps must be a finite number that is not negative, got {eps!r}.")
+    if eps > _LARGEST.get(criterion, math.inf):
+        raise InputError(
+            f"color: eps must be at most {_LARGEST[criterion]:g} for {criterion!r}, got {eps!r}."
+        )
     if rows.dim() != 2 or not rows.is_floating_point():
         raise InputError(
             f"color: rows must be a floating-point matrix, not {rows.dtype} of shape "
@@ -54,13 +60,13 @@ def check_arguments(
             f"color: relative must be {width} floating-point numbers, not {relative.dtype} of "
             f"shape {tuple(relative.shape)}."
         )
-    for name, tensor in (("bound", bound), ("relative", relative)):
-        if tensor is not None and tensor.numel():
-            low, high = torch.aminmax(tensor.detach())
-            if not (float(low) >= 0 and math.isfinite(float(high))):
-                raise InputError(f"color: {name} must be finite and not negative.")
     if weights is not None and (weights.shape != (count,) or not weights.is_floating_point()):
         raise InputError(
             f"color: weights must be {count} floating-point numbers, not {weights.dtype} of shape "
             f"{tuple(weights.shape)}."
         )
+    for name, tensor in (("bound", bound), ("relative", relative), ("weights", weights)):
+        if tensor is not None and tensor.numel():
+            low, high = torch.aminmax(tensor.detach())
+            if not (float(low) >= 0 and math.isfinite(float(high))):
+                raise InputError(f"color: {name} must be finite and not negative.")

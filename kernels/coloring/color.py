@@ -1,14 +1,19 @@
-"""Which rows are equal: the coloring of Eq. 3, exact or up to a precision eps."""
+"""Which rows are equal, exactly or up to a precision eps: the public face of coloring."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from fxfib.errors import InputError
 from fxfib.kernels.coloring.checks import CRITERIA, check_arguments
 from fxfib.kernels.coloring.vectorised import color_rows
 
-__all__ = ["CRITERIA", "Coloring", "color"]
+__all__ = ["CRITERIA", "Coloring", "color", "color_batch"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +44,9 @@ def color(
     scaled: bool = False,
     weights: Tensor | None = None,
 ) -> Coloring:
-    r"""Give two rows one color when they are equal in every column (Eq. 3 of the paper).
+    r"""Give two rows one color when they are equal, exactly or up to eps.
+
+    **fibration** (Eq. 3 of the paper).
 
     .. math:: i \sim k \iff \forall c : \Big|\sum_{j \in c} W_{ij} - \sum_{j \in c} W_{kj}\Big| = 0
 
@@ -49,6 +56,23 @@ def color(
     **every pair** does: the L-infinity diameter of a color is at most eps plus two bounds.  Where
     closeness is not transitive (chains), colors are those of complete linkage.
 
+    **cosine**.  Average linkage on :math:`1 - \cos(r_i, r_k)`: clusters are joined, the nearest
+    first, while their mean distance is at most eps, in [0, 2].  A zero row is similar to zero rows
+    only.
+
+    **energy**.  Ward linkage on :math:`x_i = \sqrt{w_i}\, r_i`, with :math:`w` the weights:
+    clusters are joined, the nearest first, while what all joins together lose is at most its share:
+
+    .. math:: \sum_{\text{colors } C} \sum_{i \in C} |x_i - \bar x_C|^2 \le eps \sum_i |x_i|^2
+
+    With ``scaled=True`` these are :math:`x_i = \sqrt{w_i |r_i|_2}\; r_i / |r_i|_2`, and zero rows
+    stand apart.
+
+    eps = 0 is exact under every criterion: equal rows, up to their bounds (cosine: parallel rows,
+    as with ``scaled=True``).  At eps > 0 cosine and energy find these classes first; the member of
+    largest norm stands for all of its class, which counts as often as it has members, each with the
+    mean of their weights.
+
     With ``scaled=True`` rows that differ by a positive factor are one color too.  At eps = 0 rows
     divided by their largest absolute value :math:`m_i` are compared, with the bound
     :math:`(b_{ic} + |r_{ic}| \nu_i / m_i) / m_i`, where :math:`\nu_i` is what the bound allows
@@ -57,11 +81,12 @@ def color(
     grouped like this first, then the member of largest norm of every group is compared by eps.
     Rows that are zero, or nowhere above their bound, are proportional to nothing but one another.
 
-    The partition does not depend on the order of the rows or on the number of threads.
+    The partition does not depend on the order of the rows or on the number of threads: rows are put
+    in the order of their values first, and ties go to the first rows in that order.
 
     Args:
         rows: float16, bfloat16, float32 or float64 [n, d], finite; n and d may be 0.
-        eps: at least 0, finite.
+        eps: at least 0, finite; at most 2 for cosine and 1 for energy.
         criterion: one of `CRITERIA`.
         must_match: int64 [n]; only rows with the same number may share a color.
         bound: floating [n, d] or [n, 1], at least 0, finite; None means 0: equal bit by bit except
@@ -69,20 +94,84 @@ def color(
         relative: floating [d], at least 0, finite: a further bound ``relative[c] * |rows[i, c]|``,
             for entries that were rounded, without a matrix of bounds.
         scaled: look for rows that differ by a positive factor.
-        weights: floating [n], how much a row counts; a diameter does not depend on it.
+        weights: floating [n], at least 0, finite: how much the energy of a row counts (the squared
+            norm of its outgoing column); None means 1.  The other criteria do not depend on it.
 
     Returns:
         The coloring, its tensors on the device of `rows`.
 
     Raises:
-        InputError: NaN or infinite rows, an unknown criterion, an eps or bound that is negative or
-            not finite, shapes or dtypes that do not fit, or more than 20,000 rows in one chain of
-            close rows.
+        InputError: NaN or infinite rows, an unknown criterion, an eps, bound or weight that is
+            negative or not finite, an eps that is too large, shapes or dtypes that do not fit, or
+            more rows than linkage can hold in memory.
     """
     check_arguments(rows, eps, criterion, must_match, bound, relative, weights)
-    labels, scales = color_rows(rows, eps, must_match, bound, relative, scaled)
+    labels, scales = color_rows(rows, eps, criterion, must_match, bound, relative, scaled, weights)
     return Coloring(
         torch.from_numpy(labels).to(rows.device),
         int(labels.max()) + 1 if len(labels) else 0,
         None if scales is None else torch.from_numpy(scales).to(rows.device),
     )
+
+
+def color_batch(
+    matrices: Sequence[Tensor],
+    eps: float | Sequence[float] = 0.0,
+    criterion: str = "fibration",
+    *,
+    must_match: Sequence[Tensor | None] | None = None,
+    bound: Sequence[Tensor | None] | None = None,
+    relative: Sequence[Tensor | None] | None = None,
+    scaled: bool = False,
+    weights: Sequence[Tensor | None] | None = None,
+) -> list[Coloring]:
+    """`color` of several matrices of any sizes: heads, experts, layers that do not wait for others.
+
+    Args:
+        matrices: floating [n_i, d_i].
+        eps: as for `color`; one number for all, or one for each matrix.
+        criterion: as for `color`.
+        must_match: one argument of `color` for each matrix; None: None for all.
+        bound: likewise.
+        relative: likewise.
+        scaled: as for `color`.
+        weights: likewise, one for each matrix.
+
+    Returns:
+        What `color` returns for each matrix, in their order.
+
+    Raises:
+        InputError: as for `color`, or a sequence that is not as long as `matrices`.
+    """
+    count = len(matrices)
+
+    def each(name: str, values: Sequence[T] | None) -> Sequence[T | None]:
+        if values is None:
+            return [None] * count
+        if len(values) != count:
+            raise InputError(f"color_batch: {len(values)} entries of {name} for {count} matrices.")
+        return values
+
+    precision = [eps] * count if isinstance(eps, (int, float)) else eps
+    arguments = zip(
+        matrices,
+        each("eps", precision),
+        each("must_match", must_match),
+        each("bound", bound),
+        each("relative", relative),
+        each("weights", weights),
+        strict=True,
+    )
+    return [
+        color(
+            rows,
+            cast(float, own_eps),
+            criterion,
+            must_match=groups,
+            bound=own_bound,
+            relative=own_relative,
+            scaled=scaled,
+            weights=own_weights,
+        )
+        for rows, own_eps, groups, own_bound, own_relative, own_weights in arguments
+    ]

@@ -26,8 +26,7 @@ def color(
 ) -> Tensor:
     """Labels, int64 [n]; the arguments, unchecked, are those of `fxfib.kernels.color`.
 
-    `history` collects the distance of every join and that of the next best join at that moment, and
-    at the end the distance of the first join that was not made (infinity if there is none).
+    `history` collects the distance of every join and that of the next best join at that moment.
     """
     history = [] if history is None else history
     count = len(rows)
@@ -40,6 +39,8 @@ def color(
     groups = [0] * count if must_match is None else must_match.tolist()
     mass = torch.ones(count).double() if weights is None else weights.to(torch.float64)
 
+    if count == 0:
+        return torch.zeros(0, dtype=torch.int64)
     parallel = scaled or criterion == "cosine"
     if criterion == "fibration" and not scaled:
         return numbered(complete(values, bounds, eps, groups, history), count)
