@@ -9,22 +9,19 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx, nn
 from tqdm import tqdm
 
-from fxfib._version import __version__
-from fxfib.capture import Captured, capture, normalize_inputs
-from fxfib.errors import InputError, VerifyError
-from fxfib.macs import macs_of
+from fxfib.capture import capture, normalize_inputs
+from fxfib.certificate import report_of, verified
+from fxfib.colors import Colors
+from fxfib.errors import InputError
 from fxfib.modules import FibrationModule, raise_modules, unshare
 from fxfib.passes.forward import Analysis
-from fxfib.passes.groups import groups_of, layer_labels
+from fxfib.passes.groups import layer_labels
 from fxfib.passes.plan import Plan, make_plan
-from fxfib.passes.rewrite import Rewriter, UnfitError
-from fxfib.passes.rules.base import hint
-from fxfib.passes.verify import TOLERANCE, Difference, difference, run_float64
-from fxfib.report import Report
+from fxfib.passes.propagation import UnfitError
+from fxfib.passes.rewrite import Rewriter
 
 # The kernels know more criteria than the passes can merge by.
 CRITERIA = ("fibration",)
@@ -141,10 +138,10 @@ def compile_now(
         step("verify")
         small = raise_modules(rewritten, captured)
         small.train(captured.source.training)
-        report = _report(captured, plan, rewritten, eps, criterion)
+        report = report_of(captured, plan, rewritten, eps, criterion)
         if verify:
             inputs = normalize_inputs(captured.source, example_inputs, example_kwargs)
-            report = _verified(report, captured, rewritten, small, inputs)
+            report = verified(report, captured, rewritten, small, inputs)
         unshare(small, captured.source)
         report.seconds.update(capture=captured.seconds, compile=time.perf_counter() - start)
         small.fibration = report
@@ -215,131 +212,6 @@ def skipped_nodes(graph_module: fx.GraphModule, patterns: Iterable[str]) -> list
     return found
 
 
-def _parameters(graph_module: nn.Module) -> int:
-    return sum(p.numel() for p in graph_module.parameters())
-
-
-def _unused(captured: Captured) -> list[str]:
-    """A note on parameters that forward never reads: they are in no count and not in the result."""
-    total = sum(p.numel() for p in captured.source.parameters())
-    unused = total - _parameters(captured.graph_module)
-    return [f"{unused:,} parameters that forward does not use are left out"] if unused > 0 else []
-
-
-def _batch(captured: Captured) -> int:
-    """The example's batch size, where MACs can be given for one example."""
-    for node in captured.graph_module.graph.find_nodes(op="placeholder"):
-        value = node.meta.get("val")
-        if isinstance(value, torch.Tensor) and value.ndim and captured.dynamic_batch:
-            return max(hint(value.shape[0]), 1)
-    return 1
-
-
-def _report(
-    captured: Captured, plan: Plan, rewritten: fx.GraphModule, eps: float, criterion: str
-) -> Report:
-    batch = _batch(captured)
-    tensors: list[torch.Tensor] = [*captured.source.parameters()] or [*captured.source.buffers()]
-    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in tensors})
-    return Report(
-        model=type(captured.source).__name__,
-        eps=eps,
-        criterion=criterion,
-        dtype=", ".join(dtypes),
-        device=str(tensors[0].device),
-        parameters_before=_parameters(captured.graph_module),
-        parameters_after=_parameters(rewritten),
-        macs_before=macs_of(captured.graph_module) // batch,
-        macs_after=macs_of(rewritten) // batch,
-        groups=groups_of(plan),
-        refusals=tuple(plan.analysis.refusals),
-        notes=(*captured.notes, *_unused(captured)),
-        versions={"fxfib": __version__, "torch": torch.__version__},
-    )
-
-
-def _verified(
-    report: Report,
-    captured: Captured,
-    rewritten: fx.GraphModule,
-    small: FibrationModule,
-    inputs: tuple[tuple[Any, ...], dict[str, Any]],
-) -> Report:
-    """The report with measured errors.
-
-    Raises:
-        VerifyError: at eps = 0, a relative error above the tolerance of the coarsest dtype.
-    """
-    args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), inputs)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        expected = pytree.tree_leaves(captured.source(*args, **kwargs))
-        args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), inputs)
-        torch.manual_seed(0)
-        found = pytree.tree_leaves(small(*args, **kwargs))
-    gap = difference(expected, found)
-    values: dict[str, Any] = {"error": gap.absolute, "relative_error": gap.relative}
-    if report.eps == 0.0:
-        dtypes = [t.dtype for t in [*captured.source.parameters(), *captured.source.buffers()]]
-        tolerance = max((TOLERANCE[d] for d in dtypes if d in TOLERANCE), default=1e-4)
-        exact = _exact_difference(captured, rewritten, inputs)
-        values |= {"exact_error": exact.relative, "tolerance": tolerance}
-        worst = max(gap.relative, exact.relative)
-        if not worst <= tolerance:
-            raise VerifyError(
-                f"the compiled {report.model} differs from the original by {worst:.2g} (relative) "
-                f"on the example inputs, above the tolerance of {tolerance:g}; nothing was "
-                "returned."
-            )
-    return Report(**{**vars(report), **values})
-
-
-def _exact_difference(captured: Captured, rewritten: fx.GraphModule, inputs: Any) -> Difference:
-    leaves = pytree.tree_leaves(inputs)
-    count = len(captured.graph_module.graph.find_nodes(op="placeholder"))
-    assert len(leaves) == count, "captured inputs and example inputs are flattened alike"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        expected = run_float64(captured.graph_module, leaves)
-        torch.manual_seed(0)
-        found = run_float64(rewritten, leaves)
-    return difference(expected, found)
-
-
-class Colors:
-    """The colors of a captured model; prints as a table.
-
-    Attributes:
-        groups: coupled layers with their numbers of nodes and fibers.
-        labels: module path of a layer -> int64 labels of its output nodes, in order of first
-            appearance (nodes of one fiber have one label).
-    """
-
-    def __init__(self, report: Report, labels: dict[str, torch.Tensor], symmetry: str) -> None:
-        self.report = report
-        self.groups = report.groups
-        self.labels = labels
-        self.symmetry = symmetry
-
-    def to_dict(self) -> dict[str, Any]:
-        """Groups, refusals and labels as plain data."""
-        data = self.report.to_dict()
-        keys = ("model", "eps", "criterion", "dtype", "groups", "refusals", "notes")
-        labels = {name: tensor.tolist() for name, tensor in self.labels.items()}
-        return {"symmetry": self.symmetry, **{k: data[k] for k in keys}, "labels": labels}
-
-    def __str__(self) -> str:
-        width = max([len("layer"), *(len(name) for name in self.labels)])
-        lines = [f"{self.report.model}: {self.symmetry}s at eps {self.report.eps:g}"]
-        lines.append(f"  {'layer':<{width}} {'nodes':>8} {'colors':>8} {'largest':>8}")
-        for name, labels in self.labels.items():
-            sizes = torch.bincount(labels) if len(labels) else torch.zeros(1, dtype=torch.int64)
-            lines.append(
-                f"  {name:<{width}} {len(labels):>8} {len(sizes):>8} {int(sizes.max()):>8}"
-            )
-        return "\n".join(lines)
-
-
 def color(
     model: nn.Module,
     example_inputs: Any,
@@ -367,7 +239,7 @@ def color(
     captured = capture(model, example_inputs, example_kwargs)
     analysis = Analysis(captured.graph_module, float(eps), criterion).run()
     plan = make_plan(analysis)
-    report = _report(captured, plan, captured.graph_module, float(eps), criterion)
+    report = report_of(captured, plan, captured.graph_module, float(eps), criterion)
     labels: dict[str, torch.Tensor] = {}
     for name, found in layer_labels(plan).items():
         labels[name] = torch.from_numpy(found)

@@ -17,7 +17,7 @@ from fxfib.capture import Captured, capture
 from fxfib.coloring import FIRST_FREE, ONE, Factor
 from fxfib.passes.forward import Analysis
 from fxfib.passes.plan import Plan
-from fxfib.passes.rewrite import UnfitError
+from fxfib.passes.propagation import UnfitError
 from fxfib.passes.verify import TOLERANCE, Float64, difference
 
 DYNAMIC = 16  # rows of a batch of any size: enough to see what a ReLU hides in two

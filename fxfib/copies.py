@@ -1,0 +1,244 @@
+"""How often every node of a captured graph may be copied, so that all relations hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from fxfib.coloring import Labels
+from fxfib.passes.forward import Analysis
+from fxfib.passes.layout import Layout
+from fxfib.passes.lift_layout import LiftLayout
+from fxfib.passes.relations import Even, Full, Move, Ref, Same
+
+
+class Copies:
+    """How often every node is copied, so that all relations hold.
+
+    Axes tied by ``Same`` share one layout.  Where an axis is a product of several (the groups of a
+    convolution, the heads of a view) one factor of the product is copied and the others are not.
+    """
+
+    def __init__(self, analysis: Analysis, factor: float, zero_sum: float, seed: int) -> None:
+        self.analysis = analysis
+        self.factor = factor
+        self.zero_sum = zero_sum
+        self.seed = seed
+        self.parent: dict[Ref, Ref] = {}
+        self.frozen: set[Ref] = set()  # by the root of their class
+        self.moves = [r for r in analysis.relations if isinstance(r, Move)]
+        for relation in analysis.relations:
+            for ref in relation.refs:
+                self.find(ref)
+        for relation in analysis.relations:
+            if isinstance(relation, Same):
+                self.parent[self.find(relation.a)] = self.find(relation.b)
+        for ref in list(self.parent):
+            if self.fixed(ref):
+                self.frozen.add(self.find(ref))
+        for relation in analysis.relations:
+            if isinstance(relation, Full):
+                self.frozen.add(self.find(relation.a))
+        self.root_number = {
+            root: k for k, root in enumerate(dict.fromkeys(self.find(r) for r in self.parent))
+        }
+
+    def find(self, ref: Ref) -> Ref:
+        """The representative of the axes that share a layout with this one."""
+        while self.parent.setdefault(ref, ref) != ref:
+            self.parent[ref] = self.parent[self.parent[ref]]
+            ref = self.parent[ref]
+        return ref
+
+    def fixed(self, ref: Ref) -> bool:
+        """Whether an axis must keep its size."""
+        node, axis = ref
+        if isinstance(axis, str) or self.analysis.is_constant(node):
+            return False
+        return not self.analysis.value(node).tracked(axis)
+
+    def length(self, ref: Ref) -> int:
+        """The original size of an axis."""
+        node, axis = ref
+        if isinstance(axis, str):
+            return self.analysis.inner_sizes[node, axis]
+        return self.analysis.shape(node)[axis]
+
+    def layouts(self) -> dict[Ref, Layout]:
+        """The layout of every axis."""
+        while True:
+            self.choose_factors()
+            multiplicity = self.multiplicities()
+            conflict = self.arrange(multiplicity)
+            if conflict is None:
+                break
+            self.frozen |= {self.find(ref) for ref in conflict}
+        result: dict[Ref, Layout] = {}
+        shared: dict[Ref, Layout] = {}
+        for ref in self.parent:
+            root = self.find(ref)
+            if root not in shared:
+                order = self.order[root]
+                shared[root] = LiftLayout(
+                    self.length(ref), order, self.zero_sum, (self.seed, self.root_number[root])
+                )
+            result[ref] = shared[root]
+        return result
+
+    def choose_factors(self) -> None:
+        """In every product of axes, one (the longest that is free) is copied."""
+        for move in self.moves:
+            for side in (move.out, *move.sources):
+                free = [r for r in side if self.find(r) not in self.frozen]
+                if len(side) > 1 and len(free) > 1:
+                    chosen = max(free, key=self.length)
+                    for ref in free:
+                        if self.find(ref) != self.find(chosen):
+                            self.frozen.add(self.find(ref))
+
+    def multiplicities(self) -> dict[Ref, Labels]:
+        """For each class of axes, the number of copies of every node."""
+        start: dict[Ref, int] = {}
+        total = 0
+        for ref in self.parent:
+            root = self.find(ref)
+            if root not in start:
+                start[root] = total
+                total += self.length(ref)
+        left: list[Labels] = []
+        right: list[Labels] = []
+        still = np.zeros(total, dtype=bool)
+        uniform = np.zeros(total, dtype=bool)
+
+        def positions(ref: Ref) -> Labels:
+            return start[self.find(ref)] + np.arange(self.length(ref))
+
+        for root in self.frozen:
+            if root in start:
+                still[positions(root)] = True
+        for relation in self.analysis.relations:
+            if isinstance(relation, Even):
+                own = positions(relation.a)
+                left.append(own[:-1])
+                right.append(own[1:])
+                uniform[own] = True
+        for move in self.moves:
+            outs = [r for r in move.out if self.find(r) not in self.frozen]
+            index = move.index
+            if not outs:
+                for source in move.sources:
+                    for ref in source:
+                        still[self._hit(move, source, ref, positions)] = True
+                continue
+            place = move.out.index(outs[0])
+            mine = np.moveaxis(index, place, 0).reshape(index.shape[place], -1)
+            own = positions(outs[0])
+            begin = 0
+            for source in move.sources:
+                shape = tuple(self.length(r) for r in source)
+                size = int(np.prod(shape))
+                inside = (mine >= begin) & (mine < begin + size)
+                free = [r for r in source if self.find(r) not in self.frozen]
+                rows, columns = np.nonzero(inside)
+                if not free:
+                    still[own[rows]] = True
+                else:
+                    coordinate = np.unravel_index(mine[rows, columns] - begin, shape)
+                    theirs = positions(free[0])[coordinate[source.index(free[0])]]
+                    left.append(own[rows])
+                    right.append(theirs)
+                begin += size
+            still[own[(mine < 0).any(axis=1)]] = True
+        edges = (
+            np.concatenate(left) if left else np.zeros(0, np.int64),
+            np.concatenate(right) if right else np.zeros(0, np.int64),
+        )
+        matrix = coo_array((np.ones(len(edges[0]), dtype=np.int8), edges), shape=(total, total))
+        count, component = connected_components(matrix, directed=False)
+        fixed = np.zeros(count, dtype=bool)
+        fixed[component[still]] = True
+        even = np.zeros(count, dtype=bool)
+        even[component[uniform]] = True
+        generator = np.random.default_rng([self.seed, 1])
+        times = 1 + generator.poisson(self.factor - 1.0, count)
+        times = np.where(even, int(self.factor), times)
+        times = np.where(fixed, 1, times)
+        every = times[component]
+        return {root: every[begin : begin + self.length(root)] for root, begin in start.items()}
+
+    def _hit(self, move: Move, source: tuple[Ref, ...], ref: Ref, positions: Any) -> Labels:
+        begin = 0
+        for other in move.sources:
+            size = int(np.prod([self.length(r) for r in other]))
+            if other is source:
+                break
+            begin += size
+        shape = tuple(self.length(r) for r in source)
+        inside = (
+            move.index[(move.index >= begin) & (move.index < begin + int(np.prod(shape)))] - begin
+        )
+        coordinate = np.unravel_index(inside, shape)[source.index(ref)]
+        return np.asarray(positions(ref)[np.unique(coordinate)])
+
+    def arrange(self, multiplicity: dict[Ref, Labels]) -> list[Ref] | None:
+        """The order of the copies on every axis; the axes of a contradiction, if there is one."""
+        self.order: dict[Ref, Labels] = {}
+
+        def order_of(ref: Ref) -> Labels:
+            root = self.find(ref)
+            if root not in self.order:
+                times = multiplicity[root]
+                self.order[root] = np.repeat(np.arange(len(times)), times)
+            return self.order[root]
+
+        for move in self.moves:
+            derived = self._moved(move, order_of)
+            refs = [*move.out, *(r for source in move.sources for r in source)]
+            if derived is None:
+                if any(len(order_of(r)) != self.length(r) for r in refs):
+                    return refs
+                continue
+            (out,) = move.out
+            known = self.order.get(self.find(out))
+            if known is None:
+                if not np.array_equal(
+                    np.bincount(derived, minlength=self.length(out)), multiplicity[self.find(out)]
+                ):
+                    return refs
+                self.order[self.find(out)] = derived
+            elif not np.array_equal(known, derived):
+                return refs
+        for ref in self.parent:
+            order_of(ref)
+        return None
+
+    def _moved(self, move: Move, order_of: Any) -> Labels | None:
+        """The order of a single output axis that the sources' orders imply; None: not a case."""
+        if len(move.out) != 1:
+            return None
+        index = move.index
+        if all(len(source) == 1 for source in move.sources):
+            pieces, begin = [], 0
+            for (ref,) in move.sources:
+                pieces.append(order_of(ref) + begin)
+                begin += self.length(ref)
+            copies = np.concatenate(pieces)
+            taken = index[index >= 0]
+            if len(taken) and np.any(np.diff(taken) <= 0):
+                return None
+            place = np.full(begin, -1, dtype=np.int64)
+            place[taken] = np.flatnonzero(index >= 0)
+            moved = place[copies]
+            moved = moved[moved >= 0]
+            pads = np.flatnonzero(index < 0)
+            low = moved.min() if len(moved) else 0
+            return np.concatenate([pads[pads < low], moved, pads[pads >= low]])
+        if len(move.sources) == 1 and np.array_equal(index, np.arange(len(index))):
+            (source,) = move.sources
+            shape = tuple(self.length(r) for r in source)
+            grid = np.meshgrid(*[order_of(r) for r in source], indexing="ij")
+            return np.ravel_multi_index([g.reshape(-1) for g in grid], shape)
+        return None
