@@ -13,6 +13,10 @@ settings.register_profile("fxfib", deadline=None, derandomize=True, print_blob=T
 settings.load_profile("fxfib")
 torch.set_num_threads(1)
 
+# Triton decides at its import whether kernels are interpreted, as they must be without a GPU.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(autouse=True)
 def fixed_seed() -> Iterator[None]:

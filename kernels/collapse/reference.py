@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxfib.kernels.dispatch import backend_of
 from fxfib.kernels.labels import check_factors, check_slices
 
 _BLOCK_ELEMENTS = 2**19
@@ -22,9 +23,10 @@ def collapse(
 
     .. math:: \bar W_{ic} = \sum_{k \in c} s_k W_{ik}
 
-    The sum is taken in float64 whatever the dtype of the weight, as the first slice plus a balanced
-    tree of the others in their order: the same bits for every number of threads, and a rounding
-    error that grows with the logarithm of the color's size.
+    The sum is taken in float64 whatever the dtype of the weight, in an order that the labels alone
+    decide: the same bits in every run and for every number of threads, and a rounding error that
+    grows with the logarithm of the color's size.  On a GPU, where Triton runs, the order is another
+    one than on the CPU, so the two results agree up to that error (see `backend_of`).
 
     Args:
         weight: any floating dtype, any strides, n slices along `axis`.
@@ -49,6 +51,11 @@ def collapse(
 
     order = torch.argsort(labels, stable=True)
     order = order[labels[order] >= 0]
+    if backend_of(weight).name == "triton":
+        from fxfib.kernels.collapse.triton import segment_sums
+
+        counts = torch.bincount(labels[order], minlength=num_classes)
+        return segment_sums(weight, order, counts, axis, scale)
     shape = list(weight.shape)
     shape[axis] = num_classes
     if weight.device.type == "cpu" and axis <= 1 and order.numel() and weight.numel():

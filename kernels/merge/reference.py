@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fxfib.errors import InputError
 from fxfib.kernels.collapse.reference import collapse
+from fxfib.kernels.dispatch import backend_of
 from fxfib.kernels.labels import check_factors, check_slices
 
 _BLOCK_ELEMENTS = 2**19
@@ -52,11 +53,18 @@ def merge(
         raise InputError(f"merge: color {empty} has no slice to take the mean of.")
     if weights is not None:
         check_factors("merge", "weights", weights, labels.shape[0])
+    # Stable, so the first member of every color stands first in its run.
+    order = kept[torch.argsort(kept_labels, stable=True)]
+    if backend_of(weight).name == "triton":
+        from fxfib.kernels.merge.triton import segment_means
+
+        if weights is not None:
+            weights = weights.to(device=weight.device, dtype=torch.float64)
+        return segment_means(weight, order, counts, axis, weights)
+    if weights is not None:
         merged = collapse(weight, labels, num_classes, axis=axis, scale=weights)
         return merged.to(weight.dtype)
 
-    # Stable, so the first member of every color stands first in its run.
-    order = kept[torch.argsort(kept_labels, stable=True)]
     first = order[torch.cumsum(counts, 0) - counts]
     merged = weight.index_select(axis, first)
     several = torch.nonzero(counts > 1).squeeze(1)

@@ -44,7 +44,7 @@ def random_case(rng):
 
 
 @pytest.mark.parametrize("batch", range(6))
-def test_collapse_against_loops(batch):
+def test_collapse_against_loops(on, batch):
     rng = np.random.default_rng(batch)
     for _ in range(50):
         weight, labels, num_classes, axis = random_case(rng)
@@ -53,16 +53,16 @@ def test_collapse_against_loops(batch):
         expected, size = sums(weight, labels.tolist(), num_classes, axis, factors)
         before = weight.clone()
         signed = axis if rng.random() < 0.5 else axis - weight.dim()
-        result = collapse(weight, labels, num_classes, axis=signed, scale=scale)
+        result = on(collapse)(weight, labels, num_classes, axis=signed, scale=scale)
         assert result.dtype == torch.float64
         assert result.shape == expected.shape
         assert bool(((result - expected).abs() <= 8 * 2.0**-53 * size).all())
         assert torch.equal(weight, before)
 
 
-def test_collapse_sums_do_not_average():
+def test_collapse_sums_do_not_average(on):
     weight = torch.tensor([[1.0, 2.0, 4.0]])
-    assert collapse(weight, torch.tensor([0, 0, 0]), 1).tolist() == [[7.0]]
+    assert on(collapse)(weight, torch.tensor([0, 0, 0]), 1).tolist() == [[7.0]]
 
 
 def test_collapse_of_the_identity_is_a_copy():
@@ -74,7 +74,7 @@ def test_collapse_of_the_identity_is_a_copy():
     assert torch.equal(scaled, 2 * weight)
 
 
-def test_collapse_is_accurate_and_the_same_for_all_threads():
+def test_collapse_is_accurate_and_the_same_for_all_threads(on):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(3, 20_000, generator=generator)
     labels = torch.randint(0, 2, (20_000,), generator=generator)
@@ -83,7 +83,7 @@ def test_collapse_is_accurate_and_the_same_for_all_threads():
     try:
         for number in (1, 2):
             torch.set_num_threads(number)
-            results.append(collapse(weight, labels, 2))
+            results.append(on(collapse)(weight, labels, 2))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(*results)
@@ -91,16 +91,15 @@ def test_collapse_is_accurate_and_the_same_for_all_threads():
     assert bool(((results[0] - expected).abs() <= 16 * 2.0**-53 * size).all())
 
 
-def test_large_half_precision_sums_do_not_overflow():
+def test_large_half_precision_sums_do_not_overflow(on):
     weight = torch.full((1, 10), 60_000.0, dtype=torch.float16)
-    assert (
-        collapse(weight, torch.zeros(10, dtype=torch.int64), 1).item() == 10 * weight[0, 0].item()
-    )
-    assert torch.equal(merge(weight, torch.zeros(10).long(), 1, axis=1), weight[:, :1])
+    labels = torch.zeros(10, dtype=torch.int64)
+    assert on(collapse)(weight, labels, 1).item() == 10 * weight[0, 0].item()
+    assert torch.equal(on(merge)(weight, labels, 1, axis=1), weight[:, :1])
 
 
 @pytest.mark.parametrize("batch", range(6))
-def test_merge_against_loops(batch):
+def test_merge_against_loops(on, batch):
     rng = np.random.default_rng(100 + batch)
     done = 0
     for _ in range(60):
@@ -108,7 +107,7 @@ def test_merge_against_loops(batch):
         present = labels[labels >= 0].unique()
         if len(present) < num_classes:
             with pytest.raises(InputError, match="no slice"):
-                merge(weight, labels, num_classes, axis=axis)
+                on(merge)(weight, labels, num_classes, axis=axis)
             if not len(present):
                 continue
             num_classes = len(present)
@@ -119,7 +118,7 @@ def test_merge_against_loops(batch):
         factors = (1 / counts.double())[labels] if weights is None else weights
         expected, size = sums(weight, labels.tolist(), num_classes, axis, factors.tolist())
         before = weight.clone()
-        result = merge(weight, labels, num_classes, axis=axis, weights=weights)
+        result = on(merge)(weight, labels, num_classes, axis=axis, weights=weights)
         assert result.dtype == weight.dtype
         assert result.shape == expected.shape
         roundoff = torch.finfo(weight.dtype).eps / 2
@@ -132,35 +131,35 @@ def test_merge_against_loops(batch):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weighted", [False, True])
-def test_single_members_keep_their_bits(dtype, weighted):
+def test_single_members_keep_their_bits(on, dtype, weighted):
     weight = torch.randn(6, 5).to(dtype)
     weight[3] = -0.0
     labels = torch.tensor([2, 0, 2, 1, -1, 3])
-    result = merge(weight, labels, 4, weights=torch.ones(6) if weighted else None)
+    result = on(merge)(weight, labels, 4, weights=torch.ones(6) if weighted else None)
     for row, color in ((1, 0), (3, 1), (5, 3)):
         assert torch.equal(result[color], weight[row])
     assert bool(torch.signbit(result[1]).all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_mean_of_equal_slices_is_that_slice(dtype):
+def test_the_mean_of_equal_slices_is_that_slice(on, dtype):
     weight = torch.randn(1, 500).to(dtype).repeat(7, 1)
     for count in range(1, 8):
         labels = torch.zeros(count, dtype=torch.int64)
-        assert torch.equal(merge(weight[:count], labels, 1), weight[:1])
+        assert torch.equal(on(merge)(weight[:count], labels, 1), weight[:1])
 
 
 @pytest.mark.parametrize("function", [collapse, merge])
-def test_no_slices_at_all(function):
+def test_no_slices_at_all(on, function):
     weight = torch.empty(2, 0, 3)
-    result = function(weight, torch.empty(0, dtype=torch.int64), 0, axis=1)
+    result = on(function)(weight, torch.empty(0, dtype=torch.int64), 0, axis=1)
     assert result.shape == (2, 0, 3)
-    result = function(torch.empty(0, 4), torch.tensor([0, 0, 1, 0]), 2, axis=1)
+    result = on(function)(torch.empty(0, 4), torch.tensor([0, 0, 1, 0]), 2, axis=1)
     assert result.shape == (0, 2)
 
 
-def test_collapse_leaves_everything_out():
-    result = collapse(torch.ones(2, 3), torch.full((3,), -1), 4)
+def test_collapse_leaves_everything_out(on):
+    result = on(collapse)(torch.ones(2, 3), torch.full((3,), -1), 4)
     assert torch.equal(result, torch.zeros(2, 4, dtype=torch.float64))
 
 
