@@ -42,12 +42,14 @@ def close_pairs(
             None if relative is None else relative.numpy(),
         )
     search = Closeness(PlainRows(rows.numpy(), bounds), eps)
-    left, right = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
+    codes = [np.empty(0, dtype=np.int64)]
     for i, k in candidates(search.rows, eps, groups.numpy(), search.columns).pairs():
         close = np.isfinite(search.distances(i, k))
-        left.append(np.minimum(i[close], k[close]))
-        right.append(np.maximum(i[close], k[close]))
-    return torch.from_numpy(np.concatenate(left)), torch.from_numpy(np.concatenate(right))
+        i, k = i[close], k[close]
+        codes.append(np.minimum(i, k) * len(rows) + np.maximum(i, k))
+    # A window may list a pair twice.
+    pairs = np.unique(np.concatenate(codes))
+    return torch.from_numpy(pairs // len(rows)), torch.from_numpy(pairs % len(rows))
 
 
 class Closeness:
@@ -58,19 +60,25 @@ class Closeness:
         self.eps = eps
         self.columns = telling_columns(rows, eps, _PROBES)
         everyone = slice(None)
-        self._probe = rows.values(everyone, self.columns).astype(np.float64)
-        bounds = rows.bounds(everyone, self.columns)
+        # One column after the other, each contiguous.
+        self._probe = rows.values(everyone, self.columns).T.astype(np.float64)
+        bounds = rows.bounds(everyone, self.columns).T
         self._probe_bounds = np.broadcast_to(bounds, self._probe.shape)
 
     def distances(self, left: Ints, right: Ints) -> Floats:
         """Float64 [pairs]: the L-infinity distance, or infinity where the pair is not close."""
         result = np.full(len(left), np.inf)
         alive = np.arange(len(left))
-        for probe in range(self._probe.shape[1]):
-            column, bounds = self._probe[:, probe], self._probe_bounds[:, probe]
-            gap = np.abs(column[left[alive]] - column[right[alive]])
-            allowed = bounds[left[alive]] + bounds[right[alive]] + self.eps
-            alive = alive[gap <= allowed]
+        i, k = left, right
+        for column, bounds in zip(self._probe, self._probe_bounds, strict=True):
+            gap = column[i]
+            gap -= column[k]
+            allowed: float | Floats = self.eps
+            if self.rows.has_bounds:
+                allowed = bounds[i] + bounds[k] + self.eps
+            close = np.flatnonzero(np.abs(gap, out=gap) <= allowed)
+            if len(close) < len(alive):
+                alive, i, k = alive[close], i[close], k[close]
             if not len(alive):
                 return result
         largest = np.zeros(len(left))

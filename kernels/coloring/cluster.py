@@ -2,20 +2,26 @@
 
 import numpy as np
 import torch
-from scipy.cluster.hierarchy import fcluster, linkage
+from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from scipy.spatial.distance import pdist
 
-from fxfib.errors import InputError
 from fxfib.kernels.coloring.closeness import Closeness, PairFinder
-from fxfib.kernels.coloring.rows import Floats, Ints, Rows, value_order
-from fxfib.kernels.coloring.window import all_pairs, candidates
+from fxfib.kernels.coloring.complete import complete_linkage
+from fxfib.kernels.coloring.dense import dense_linkage
+from fxfib.kernels.coloring.rows import Ints, Rows, value_order
+from fxfib.kernels.coloring.window import candidates
 
-# Complete linkage holds m^2 / 2 float64 distances (and scipy a copy): 3 GiB at this size.
-LARGEST_COMPONENT = 20_000
+# More pairs that may be close than these are not kept; 1 GiB with their distances.
+KEPT_PAIRS = 2**25
 
+Edges = tuple[NDArray[np.signedinteger], NDArray[np.signedinteger]]
+
+_CACHED_ELEMENTS = 2**17
+_FEW_ROWS = 64
 _ROUNDOFF = 2.0**-52
+# What the largest, the smallest and the largest absolute value of nothing are.
+_NOTHING = (-np.inf, np.inf, 0.0)
 
 
 def bounded_clusters(rows: Rows, eps: float, groups: Ints, find: PairFinder | None = None) -> Ints:
@@ -37,60 +43,118 @@ def bounded_clusters(rows: Rows, eps: float, groups: Ints, find: PairFinder | No
         int64 [n], cluster numbers in no particular order.
 
     Raises:
-        InputError: a component that is no clique has more than `LARGEST_COMPONENT` rows.
+        InputError: a component too close for `KEPT_PAIRS` is too large for `dense_linkage`.
     """
     if rows.width == 0 or rows.count == 1:
         return groups
     search = Closeness(rows, eps)
-    components = _components(search, groups) if find is None else _found(rows, eps, groups, find)
+    components, edges = (
+        _components(search, groups) if find is None else _found(rows, eps, groups, find)
+    )
     open_components = _not_cliques(search, components)
-    clusters = components
-    fresh = rows.count
-    for members in open_components:
-        parts = _complete_linkage(search, members)
-        clusters[members] = fresh + parts
-        fresh += int(parts.max()) + 1
+    if not open_components:
+        return components
+    sparse, dense = _by_density(rows.count, open_components, edges)
+    clusters = components.copy()
+    for part in dense:
+        members = part[value_order(rows.values(part, slice(None)))]
+        clusters[members] = rows.count + members[dense_linkage(search, members)]
+    if sparse and edges is not None:
+        members = np.concatenate(sparse)
+        members = members[value_order(rows.values(members, slice(None)))]
+        clusters[members] = rows.count + members[_sparse_linkage(search, members, edges)]
     return clusters
 
 
-def _components(search: Closeness, groups: Ints) -> Ints:
-    """Connected components of the closeness graph.
+def _by_density(
+    count: int, components: list[Ints], edges: Edges | None
+) -> tuple[list[Ints], list[Ints]]:
+    """Components few of whose pairs may be close, and those with many."""
+    if edges is None:
+        return [], components
+    of = np.full(count, len(components))
+    for number, part in enumerate(components):
+        of[part] = number
+    pairs = np.bincount(of[edges[0]], minlength=len(components) + 1)
+    sparse: list[Ints] = []
+    dense: list[Ints] = []
+    for part, number in zip(components, pairs[:-1].tolist(), strict=True):
+        many = len(part) > _FEW_ROWS and number > len(part) ** 2 // 8
+        (dense if many else sparse).append(part)
+    return sparse, dense
+
+
+def _sparse_linkage(search: Closeness, members: Ints, edges: Edges) -> Ints:
+    """Complete linkage of the members by the pairs among them that are close."""
+    place = np.full(search.rows.count, -1)
+    place[members] = np.arange(len(members))
+    left, right = place[edges[0]], place[edges[1]]
+    inside = (left >= 0) & (right >= 0)
+    left, right = left[inside], right[inside]
+    # A window may list a pair twice.
+    code = np.unique(np.minimum(left, right) * len(members) + np.maximum(left, right))
+    left, right = code // len(members), code % len(members)
+    distances = search.distances(members[left], members[right])
+    close = np.isfinite(distances)
+    return complete_linkage(len(members), left[close], right[close], distances[close])
+
+
+def _components(search: Closeness, groups: Ints) -> tuple[Ints, Edges | None]:
+    """Connected components of the closeness graph, and the pairs that may be its edges.
 
     Pairs that are connected already are not compared, and comparison starts with few pairs, so a
-    large component is found after a small part of its pairs.
+    large component is found after a small part of its pairs.  Too many edges are not kept.
     """
     count = search.rows.count
     labels = np.arange(count)
+    edges: list[Edges] | None = []
+    kept = 0
     window = candidates(search.rows, search.eps, groups, search.columns)
+    batch = 2048
     for left, right in window.pairs():
-        batch = 2048
         while len(left):
             apart = labels[left] != labels[right]
+            if edges is not None:
+                edges.append((left[~apart].astype(np.int32), right[~apart].astype(np.int32)))
+                kept += len(edges[-1][0])
             left, right = left[apart], right[apart]
-            i, j = left[:batch], right[:batch]
-            close = np.isfinite(search.distances(i, j))
-            if close.any():
-                edges = labels[i[close]], labels[j[close]]
-                graph = coo_array((np.ones(len(edges[0]), dtype=bool), edges), (count, count))
-                labels = connected_components(graph, directed=False)[1].astype(np.int64)[labels]
+            i, k = left[:batch], right[:batch]
+            close = np.isfinite(search.distances(i, k))
+            i, k = i[close], k[close]
+            if len(i):
+                labels = _connected(count, labels[i], labels[k])[labels]
+                if edges is not None:
+                    edges.append((i.astype(np.int32), k.astype(np.int32)))
+                    kept += len(i)
+            if kept > KEPT_PAIRS:
+                edges = None
             left, right = left[batch:], right[batch:]
             batch *= 2
-    return labels
+    if edges is None:
+        return labels, None
+    none = np.empty(0, dtype=np.int32)
+    both = zip(*edges, strict=True) if edges else ([none], [none])
+    first, second = (np.concatenate(part) for part in both)
+    return labels, (first, second)
 
 
-def _found(rows: Rows, eps: float, groups: Ints, find: PairFinder) -> Ints:
-    """Connected components of the graph whose edges are found elsewhere."""
+def _connected(count: int, left: Ints, right: Ints) -> Ints:
+    graph = coo_array((np.ones(len(left), dtype=bool), (left, right)), (count, count))
+    return connected_components(graph, directed=False)[1].astype(np.int64)
+
+
+def _found(rows: Rows, eps: float, groups: Ints, find: PairFinder) -> tuple[Ints, Edges]:
+    """The components of the graph whose edges are found elsewhere, and these."""
     values, bound, relative = rows.arrays()
-    left, right = find(
+    found = find(
         torch.from_numpy(values),
         eps,
         None if bound is None else torch.from_numpy(bound),
         None if relative is None else torch.from_numpy(relative),
         torch.from_numpy(groups),
     )
-    edges = left.cpu().numpy(), right.cpu().numpy()
-    graph = coo_array((np.ones(len(edges[0]), dtype=bool), edges), (rows.count, rows.count))
-    return connected_components(graph, directed=False)[1].astype(np.int64)
+    left, right = (side.cpu().numpy() for side in found)
+    return _connected(rows.count, left, right), (left, right)
 
 
 def _not_cliques(search: Closeness, components: Ints) -> list[Ints]:
@@ -110,59 +174,34 @@ def _not_cliques(search: Closeness, components: Ints) -> list[Ints]:
     sizes = sizes[large]
     starts = np.cumsum(sizes) - sizes
     clique = np.ones(len(sizes), dtype=bool)
-    rows = search.rows
-    step = max(1, 2**22 // len(members))
-    for start in range(0, rows.width, step):
-        columns = slice(start, start + step)
-        values = rows.values(members, columns).astype(np.float64)
-        slack: float | Floats = 0.0
-        low = high = values
-        if rows.has_bounds:
-            bounds = rows.bounds(members, columns)
-            low, high = values - bounds, values + bounds
-            # The ends are rounded: what only just fits is left to the comparison of pairs.
-            size = np.maximum(np.abs(low), np.abs(high))
-            slack = 8 * _ROUNDOFF * (np.maximum.reduceat(size, starts, axis=0) + search.eps)
-        gap = np.maximum.reduceat(low, starts, axis=0) - np.minimum.reduceat(high, starts, axis=0)
-        clique &= (gap <= search.eps - slack).all(axis=1)
-        if not clique.any():
-            break
+    # Components of one size are done together.
+    for size in np.unique(sizes):
+        which = np.flatnonzero(sizes == size)
+        step = max(1, _CACHED_ELEMENTS // search.rows.width)
+        for first in range(0, len(which), step):
+            part = which[first : first + step]
+            clique[part] = _fits(search, members[starts[part][:, None] + np.arange(size)])
     parts = np.split(members, starts[1:])
     return [part for part, done in zip(parts, clique, strict=True) if not done]
 
 
-def _complete_linkage(search: Closeness, members: Ints) -> Ints:
-    """Cluster numbers from 0 for the rows of one component."""
-    if len(members) > LARGEST_COMPONENT:
-        raise InputError(
-            f"color: {len(members)} rows hang together at eps={search.eps:g}, more than the "
-            f"{LARGEST_COMPONENT} that complete linkage can hold in memory; use a smaller eps."
-        )
-    values = search.rows.values(members, slice(None))
-    order = value_order(values)
-    distances = _condensed(search, members[order], values[order])
-    close = np.isfinite(distances)
-    furthest = float(distances[close].max())
-    distances[~close] = 2 * furthest + 1
-    parts = fcluster(linkage(distances, "complete"), furthest, criterion="distance")
-    numbers = np.empty(len(members), dtype=np.int64)
-    numbers[order] = parts - 1
-    return numbers
-
-
-def _condensed(search: Closeness, members: Ints, values: Floats) -> Floats:
-    """Distances of all pairs of `members` in scipy's order, infinite where a pair is not close."""
-    parts: list[Floats] = []
-    for left, right in all_pairs(members).pairs():
-        if not parts and not search.rows.has_bounds and _mostly_close(search, left, right):
-            distances = pdist(values.astype(np.float64), "chebyshev")
-            distances[distances > search.eps] = np.inf
-            return distances
-        parts.append(search.distances(left, right))
-    return np.concatenate(parts)
-
-
-def _mostly_close(search: Closeness, left: Ints, right: Ints) -> bool:
-    """Whether early exit would seldom happen, so that scipy's plain loop is faster."""
-    step = max(1, len(left) // 256)
-    return float(np.isfinite(search.distances(left[::step], right[::step])).mean()) > 0.1
+def _fits(search: Closeness, members: Ints) -> NDArray[np.bool_]:
+    """Whether each of k components, of s members, [k, s], surely is a clique."""
+    rows, everything = search.rows, slice(None)
+    lows, highs, largest = (np.full((len(members), rows.width), fill) for fill in _NOTHING)
+    step = max(1, _CACHED_ELEMENTS // (rows.width * len(members)))
+    for first in range(0, members.shape[1], step):
+        part = members[:, first : first + step]
+        shape = (*part.shape, rows.width)
+        values = rows.values(part.ravel(), everything)
+        low = high = values
+        if rows.has_bounds:
+            bounds = rows.bounds(part.ravel(), everything)
+            low, high = values - bounds, values + bounds
+            size = np.maximum(np.abs(low), np.abs(high)).reshape(shape).max(axis=1)
+            np.maximum(largest, size, out=largest)
+        np.maximum(lows, low.reshape(shape).max(axis=1), out=lows)
+        np.minimum(highs, high.reshape(shape).min(axis=1), out=highs)
+    # The ends are rounded: what only just fits is left to the comparison of pairs.
+    slack = 8 * _ROUNDOFF * (largest + search.eps) if rows.has_bounds else 0.0
+    return (lows - highs <= search.eps - slack).all(axis=1)

@@ -10,9 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fxfib.kernels.coloring.bitmaps import BitMap
 from fxfib.kernels.coloring.rows import Floats, Ints, Rows
 
 PAIRS_AT_ONCE = 2**19
+# Fewer rows than this are not worth a bitmap.
+FEW_ROWS = 256
 _ROUNDOFF = 2.0**-52
 
 
@@ -54,9 +57,7 @@ def all_pairs(members: Ints) -> Window:
 
 def interval_window(centers: Floats, radii: Floats, groups: Ints) -> Window:
     """Pairs of one group whose intervals [center - radius, center + radius] overlap."""
-    # Room for rounding, here and in the comparison of pairs.
-    pad = 8 * _ROUNDOFF * (np.abs(centers) + radii) + 1e-300
-    low, high = centers - radii - pad, centers + radii + pad
+    low, high = _padded(centers, radii)
     count = len(centers)
     if groups.min() == groups.max():
         order = np.argsort(low, kind="stable")
@@ -73,6 +74,38 @@ def interval_window(centers: Floats, radii: Floats, groups: Ints) -> Window:
     return Window(order, ends[order])
 
 
+def grid_window(
+    first: tuple[Floats, Floats], second: tuple[Floats, Floats], groups: Ints
+) -> Window | None:
+    """Pairs of one group whose intervals overlap in both of two columns; None: too uneven for it.
+
+    The first column is cut into cells, and a row enters every cell that its interval meets: two
+    intervals that overlap do so in a cell that both meet.  The second column is swept inside each.
+    A pair that meets in two cells is listed twice.
+    """
+    low, high = _padded(*first)
+    width = max(2 * float((high - low).mean()), float((high - low).max()) / 4)
+    start = float(low.min())
+    if float(high.max()) - start > 2.0**40 * width:
+        return None
+    cells = np.floor((low - start) / width).astype(np.int64)
+    met = np.floor((high - start) / width).astype(np.int64) - cells + 1
+    entries = np.repeat(np.arange(len(low)), met)
+    cell = cells[entries] + np.arange(len(entries)) - np.repeat(np.cumsum(met) - met, met)
+    keys = cell
+    if groups.min() != groups.max():
+        _, compact = np.unique(groups, return_inverse=True)
+        keys = compact[entries] + (int(compact.max()) + 1) * cell
+    window = interval_window(second[0][entries], second[1][entries], keys)
+    return Window(entries[window.order], window.ends)
+
+
+def _padded(centers: Floats, radii: Floats) -> tuple[Floats, Floats]:
+    """Ends of the intervals, with room for rounding here and in the comparison of pairs."""
+    pad = 8 * _ROUNDOFF * (np.abs(centers) + radii) + 1e-300
+    return centers - radii - pad, centers + radii + pad
+
+
 def telling_columns(rows: Rows, eps: float, limit: int) -> Ints:
     """At most `limit` columns whose spread is largest against the distance that counts as close."""
     index = np.linspace(0, rows.count - 1, min(rows.count, 1024)).astype(np.int64)
@@ -87,20 +120,28 @@ def telling_columns(rows: Rows, eps: float, limit: int) -> Ints:
     return columns[np.argsort(-score, kind="stable")[:limit]]
 
 
-def candidates(rows: Rows, eps: float, groups: Ints, columns: Ints) -> Window:
+def candidates(rows: Rows, eps: float, groups: Ints, columns: Ints) -> Window | BitMap:
     """The narrowest of a few windows; `columns` are the most telling ones, best first.
 
-    One column is enough for ordinary weights.  Weights that take few values (pruned, ternary) tie
-    in every single column, and a combination of many columns tells them apart.
+    One column is enough for ordinary weights at a small eps, two reach further.  Weights that take
+    few values (pruned, ternary) tie in every single column, and a combination of many columns tells
+    them apart.  Where no window is narrow, bits rule the pairs out.
     """
-    best = interval_window(*_coordinate(rows, eps, columns[0]), groups)
+    first = _coordinate(rows, eps, columns[0])
+    best = interval_window(*first, groups)
     few = 4 * rows.count
+    if best.size() > few and len(columns) > 1:
+        grid = grid_window(first, _coordinate(rows, eps, columns[1]), groups)
+        if grid is not None and grid.size() < best.size():
+            best = grid
     for chosen in (columns, slice(None)):
         if best.size() <= few:
             break
         window = interval_window(*_combination(rows, eps, chosen), groups)
         if window.size() < best.size():
             best = window
+    if rows.count >= FEW_ROWS and best.size() > rows.count**2 // 64:
+        return BitMap(rows, eps, groups)
     return best
 
 

@@ -8,31 +8,17 @@ from scipy.spatial.distance import cdist
 
 from fxfib.errors import InputError
 from fxfib.kernels import color
-from fxfib.kernels.coloring import closeness, cluster, identical, window
+from fxfib.kernels.coloring import (
+    bitmaps,
+    closeness,
+    cluster,
+    dense,
+    identical,
+    window,
+)
 from fxfib.kernels.coloring.rows import Bounds, PlainRows
 
-
-def renumbered(labels):
-    _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
-    return np.argsort(np.argsort(first))[inverse].tolist()
-
-
-def weights(kind, count, width, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randn(count, width, generator=generator)
-    if kind == "ternary":
-        rows = torch.randint(-1, 2, (count, width), generator=generator).float()
-    elif kind == "pruned":
-        rows[torch.rand(count, width, generator=generator) < 0.9] = 0
-    elif kind == "few columns":
-        rows[:, : width // 2] = 0
-        rows[:, width // 2 + 2 :] = 1
-    elif kind == "one column":
-        rows[:, 1:] = 0
-    return rows
-
-
-KINDS = ["normal", "ternary", "pruned", "few columns", "one column"]
+from color_cases import KINDS, PATHS, no_path, renumbered, weights
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -90,18 +76,15 @@ def test_block_sizes_do_not_matter(monkeypatch, options, groups):
     monkeypatch.setattr(window, "PAIRS_AT_ONCE", 11)
     monkeypatch.setattr(closeness, "_CACHED_ELEMENTS", 7)
     monkeypatch.setattr(identical, "_BLOCK_WORDS", 5)
-    monkeypatch.setattr(cluster, "_mostly_close", lambda *_: False)
-    result = color(rows, must_match=groups, **options)
-    assert torch.equal(result.labels, expected.labels)
-
-
-def test_plain_loop_and_early_exit_agree(monkeypatch):
-    rows = weights("normal", 200, 4, seed=4)
-    labels = []
-    for answer in (True, False):
-        monkeypatch.setattr(cluster, "_mostly_close", lambda *_, answer=answer: answer)
-        labels.append(color(rows, 0.8).labels)
-    assert torch.equal(*labels)
+    monkeypatch.setattr(cluster, "_CACHED_ELEMENTS", 7)
+    monkeypatch.setattr(bitmaps, "_TILE_ROWS", 13)
+    monkeypatch.setattr(bitmaps, "_TILE_COLUMNS", 31)
+    monkeypatch.setattr(bitmaps, "_BYTES_AT_ONCE", 3)
+    monkeypatch.setattr(dense, "_BLOCK_ROWS", 17)
+    for path in (no_path, *PATHS):
+        path(monkeypatch)
+        result = color(rows, must_match=groups, **options)
+        assert torch.equal(result.labels, expected.labels)
 
 
 @pytest.mark.parametrize("classes", [1, 3])
@@ -196,12 +179,3 @@ def test_relative_bounds_are_bounds_in_short(scaled, absolute):
         color(rows, relative=-relative)
     with pytest.raises(InputError, match="relative"):
         color(rows, relative=relative[:-1])
-
-
-def test_a_chain_too_long_for_memory_is_refused(monkeypatch):
-    monkeypatch.setattr(cluster, "LARGEST_COMPONENT", 30)
-    rows = torch.arange(31.0)[:, None]
-    with pytest.raises(InputError, match="smaller eps"):
-        color(rows, 1.0)
-    assert color(rows, 30.0).num_classes == 1, "one clique needs no linkage"
-    assert color(rows[:30], 1.0).num_classes >= 15

@@ -7,44 +7,7 @@ import torch
 from fxfib.kernels import color
 from fxfib.kernels.coloring import reference
 
-
-def renumbered(labels):
-    seen = {}
-    return [seen.setdefault(int(label), len(seen)) for label in labels]
-
-
-def random_case(rng, criterion):
-    """Rows on a coarse dyadic grid, where ties are ties, or moved off it; duplicates, zeros."""
-    count, width = int(rng.integers(0, 11)), int(rng.integers(0, 6))
-    dtype = [torch.float16, torch.bfloat16, torch.float32, torch.float64][rng.integers(4)]
-    rows = rng.integers(-2, 3, (count, width)) * 0.25
-    if rng.random() < 0.6:
-        rows = rows + rng.normal(size=(count, width)) * 0.02
-    if count and rng.random() < 0.5:
-        rows = rows[rng.integers(0, count, count)]
-    if rng.random() < 0.4:
-        rows = rows * rng.choice([0.5, 1.0, 2.0], (count, 1))
-    if count and rng.random() < 0.3:
-        rows[rng.integers(0, count)] = -0.0
-    options = {"scaled": bool(rng.random() < 0.3)}
-    kind = rng.integers(4)
-    if kind == 1:
-        options["bound"] = torch.tensor(rng.integers(0, 3, (count, 1)) / 128)
-    elif kind == 2:
-        options["bound"] = torch.tensor(rng.integers(0, 3, (count, width)) / 128).float()
-    if kind == 3:
-        options["relative"] = torch.tensor(rng.integers(0, 3, width) / 64)
-    if rng.random() < 0.3:
-        options["must_match"] = torch.tensor(rng.integers(-1, 2, count))
-    if rng.random() < 0.5:
-        options["weights"] = torch.tensor(rng.integers(0, 4, count) / 2)
-    precisions = {
-        "fibration": [0.0, 1 / 64, 1 / 32, 0.25, 0.3, 2.0],
-        "cosine": [0.0, 1e-3, 0.02, 0.1, 0.5, 1.0, 2.0],
-        "energy": [0.0, 1e-4, 1e-2, 0.05, 0.3, 1.0],
-    }
-    eps = float(rng.choice(precisions[criterion]))
-    return torch.tensor(rows.reshape(count, width)).to(dtype), eps, options
+from color_cases import random_case, renumbered
 
 
 def shuffled(options, order):

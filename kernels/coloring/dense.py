@@ -1,0 +1,122 @@
+"""Complete linkage of rows most of which are close: all distances, in half the memory.
+
+The matrix holds float32, which orders distances correctly but for ties.  Those are settled in
+float64 from the largest and the smallest value of every cluster in every column: two clusters are
+as far apart as these are.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from scipy.spatial.distance import cdist
+
+from fxfib.errors import InputError
+from fxfib.kernels.coloring.closeness import Closeness
+from fxfib.kernels.coloring.rows import Floats, Ints
+
+# The matrix takes 4 GiB at this size.
+LARGEST_DENSE = 2**15
+
+_BLOCK_ROWS = 512
+
+
+def dense_linkage(search: Closeness, members: Ints) -> Ints:
+    """Complete linkage, ties as in `complete_linkage`.
+
+    Args:
+        search: what is close.
+        members: int64 [m], rows in the order of their values.
+
+    Returns:
+        int64 [m]: the first member of every member's cluster, as a position in `members`.
+
+    Raises:
+        InputError: more than `LARGEST_DENSE` members.
+    """
+    if len(members) > LARGEST_DENSE:
+        raise InputError(
+            f"color: {len(members)} rows hang together at eps={search.eps:g}, too closely and more "
+            f"than the {LARGEST_DENSE} whose distances fit in memory; use a smaller eps."
+        )
+    low = search.rows.values(members, slice(None)).astype(np.float64)
+    clusters = _Clusters(_distances(search, members, low), low)
+    joined = np.arange(len(members))
+    for start in range(len(members)):
+        chain = [start] if joined[start] == start else []
+        while chain:
+            here = chain[-1]
+            there = clusters.nearest(here)
+            if there is None:
+                break
+            if len(chain) < 2 or there != chain[-2]:
+                chain.append(there)
+                continue
+            del chain[-2:]
+            first, second = min(here, there), max(here, there)
+            clusters.join(first, second)
+            joined[second] = first
+            if not chain:
+                chain.append(first)
+    # A cluster that was joined stands behind the one it was joined to.
+    for item in range(len(joined)):
+        joined[item] = joined[joined[item]]
+    return joined
+
+
+class _Clusters:
+    """Distances of clusters, each known by its first member; infinite where not all is close."""
+
+    def __init__(self, distances: Floats, values: Floats) -> None:
+        """`distances`: float32 [m, m], changed; `values`: float64 [m, d], changed."""
+        self._distances = distances
+        self._low, self._high = values, values.copy()
+
+    def nearest(self, here: int) -> int | None:
+        """The nearest cluster, of several equally near ones the first; None if none is close."""
+        row = self._distances[here]
+        there = int(row.argmin())
+        if row[there] == np.inf:
+            return None
+        tied = there + np.flatnonzero(row[there:] == row[there])
+        if len(tied) == 1:
+            return there
+        gap = np.maximum(
+            self._high[here] - self._low[tied], self._high[tied] - self._low[here]
+        ).max(axis=1)
+        return int(tied[gap.argmin()])
+
+    def join(self, first: int, second: int) -> None:
+        """Make `second` a part of `first`."""
+        table = self._distances
+        np.maximum(table[first], table[second], out=table[first])
+        table[first, [first, second]] = np.inf
+        table[:, first] = table[first]
+        table[second] = table[:, second] = np.inf
+        np.minimum(self._low[first], self._low[second], out=self._low[first])
+        np.maximum(self._high[first], self._high[second], out=self._high[first])
+
+
+def _distances(search: Closeness, members: Ints, values: Floats) -> Floats:
+    """Float32 [m, m]: infinite on the diagonal and where a pair is not close."""
+    count = len(members)
+    table = np.empty((count, count), dtype=np.float32)
+    for rows, others in _blocks(count):
+        if search.rows.has_bounds:
+            left = np.repeat(members[rows], others.stop - others.start)
+            right = np.tile(members[others], rows.stop - rows.start)
+            gap = search.distances(left, right).reshape(-1, others.stop - others.start)
+        else:
+            gap = cdist(values[rows], values[others], "chebyshev")
+            gap[gap > search.eps] = np.inf
+        table[rows, others] = gap
+        table[others, rows] = gap.T
+    np.fill_diagonal(table, np.inf)
+    return table
+
+
+def _blocks(count: int) -> Iterator[tuple[slice, slice]]:
+    """Blocks on and above the diagonal."""
+    for start in range(0, count, _BLOCK_ROWS):
+        rows = slice(start, min(start + _BLOCK_ROWS, count))
+        for first in range(start, count, _BLOCK_ROWS):
+            yield rows, slice(first, min(first + _BLOCK_ROWS, count))
