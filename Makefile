@@ -16,13 +16,15 @@ endif
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 TESTS  := $(PYTEST) $(BIN)/pytest -n $(JOBS) -q
 
-.PHONY: help demo test test-old wheel-test lint format typecheck clean
+.PHONY: help demo test test-old wheel-test bench bench-plot lint format typecheck clean
 
 help:
 	@echo "make demo        train, compile, export, check; writes demo-output/"
 	@echo "make test        the whole test suite"
 	@echo "make test-old    the test suite on the oldest supported torch"
 	@echo "make wheel-test  build the wheel, install it alone, test it from another folder"
+	@echo "make bench       the coloring beside other tools (about half an hour); ARGS=--quick, ARGS='--device cuda'"
+	@echo "make bench-plot  pictures of what was measured"
 	@echo "make lint        ruff and mypy;  make format  rewrites"
 	@echo "make clean       removes environments and build output"
 
@@ -31,6 +33,13 @@ demo: .venv/.stamp
 
 test: .venv/.stamp
 	$(TESTS) $(ARGS)
+
+bench: .venv/.stamp
+	$(BIN)/python bench/coloring.py $(ARGS)
+
+bench-plot: .venv/.stamp
+	$(UV) pip install --quiet --python $(BIN)/python --editable '.[dev,plot]'
+	$(BIN)/python bench/plot.py $(ARGS)
 
 lint: .venv/.stamp
 	$(BIN)/ruff check .

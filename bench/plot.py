@@ -78,10 +78,12 @@ def draw(source: Path) -> list[Path]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw one CSV."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("source", type=Path, nargs="?", default=RESULTS / "kernels_cpu.csv")
+    parser.add_argument("source", type=Path, nargs="?", default=RESULTS / "coloring_cpu.csv")
     options = parser.parse_args(arguments)
     if not options.source.exists():
-        print(f"bench: {options.source} is not there; run bench/kernels.py first.", file=sys.stderr)
+        print(
+            f"bench: {options.source} is not there; run bench/coloring.py first.", file=sys.stderr
+        )
         return 1
     for path in draw(options.source):
         print(path)

@@ -75,7 +75,7 @@ def unique(rows: Tensor, eps: float) -> Tensor:
     return torch.unique(rows, dim=0, return_inverse=True)[1]
 
 
-@provider("torch.sum", exact=True, gives="nothing", devices=("cpu", "cuda"))
+@provider("torch.sum", exact=True, approximate=False, gives="nothing", devices=("cpu", "cuda"))
 def reading_floor(rows: Tensor, eps: float) -> None:
     """The time to read the rows once."""
     float(rows.sum())

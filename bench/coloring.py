@@ -1,8 +1,8 @@
 """Coloring beside what a user would write instead: seconds, memory, and whether it is right.
 
-    python bench/kernels.py                    # every case of the CPU; resumable
-    python bench/kernels.py --quick            # small ones, a minute
-    python bench/kernels.py --device cuda      # the same questions on a GPU
+    python bench/coloring.py                    # every case of the CPU; resumable
+    python bench/coloring.py --quick            # small ones, a minute
+    python bench/coloring.py --device cuda      # the same questions on a GPU
 
 Outputs are checked before anything is timed.  All providers of a case run in turns in one process;
 a ratio is the median over turns of another provider's seconds over ours.
@@ -207,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_peak(Case(kind, int(count), int(width), share), name, options.device)
         return 0
     options.seconds = {}
-    output = options.output or RESULTS / f"kernels_{options.device}.csv"
+    output = options.output or RESULTS / f"coloring_{options.device}.csv"
     rows: list[dict[str, Any]] = []
     if output.exists():
         with output.open(newline="") as file:
@@ -226,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             writer.writerows(rows)
         output.with_suffix(".part").replace(output)
     if options.device == "cuda":
-        gates.device_ceilings(RESULTS / "kernels_cuda_ceilings.csv", about)
+        gates.device_ceilings(RESULTS / "coloring_cuda_ceilings.csv", about)
     print("\n".join(gates.summary(rows)))
     return 0
 
