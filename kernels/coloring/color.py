@@ -10,10 +10,13 @@ from torch import Tensor
 from fxfib.errors import InputError
 from fxfib.kernels.coloring.checks import CRITERIA, check_arguments
 from fxfib.kernels.coloring.vectorised import color_rows
+from fxfib.kernels.dispatch import backend_of
 
 __all__ = ["CRITERIA", "Coloring", "color", "color_batch"]
 
 T = TypeVar("T")
+# Rows, eps, bound, relative bound, groups.
+_Problem = tuple[Tensor, float, Tensor | None, Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,12 +109,40 @@ def color(
             more rows than linkage can hold in memory.
     """
     check_arguments(rows, eps, criterion, must_match, bound, relative, weights)
+    if not scaled and _has_kernels(rows, eps, criterion):
+        return _on_device([(rows, eps, bound, relative, must_match)])[0]
     labels, scales = color_rows(rows, eps, criterion, must_match, bound, relative, scaled, weights)
     return Coloring(
         torch.from_numpy(labels).to(rows.device),
         int(labels.max()) + 1 if len(labels) else 0,
         None if scales is None else torch.from_numpy(scales).to(rows.device),
     )
+
+
+def _has_kernels(rows: Tensor, eps: float, criterion: str) -> bool:
+    """Whether Triton runs, for which rows have to be compared entry by entry."""
+    by_entry = criterion == "fibration" or (criterion == "energy" and eps == 0)
+    return by_entry and backend_of(rows).name == "triton"
+
+
+def _on_device(problems: Sequence[_Problem]) -> list[Coloring]:
+    """Colorings of matrices that are on one device, all in one launch; arguments are checked."""
+    from fxfib.kernels.coloring.triton import Matrix
+    from fxfib.kernels.coloring.triton_color import color_on_device
+
+    device = problems[0][0].device
+
+    def moved(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.detach().to(device)
+
+    matrices = [
+        Matrix(rows.detach(), eps, moved(bound), moved(relative), moved(groups))
+        for rows, eps, bound, relative, groups in problems
+    ]
+    return [
+        Coloring(labels, int(labels.max()) + 1 if len(labels) else 0)
+        for labels in color_on_device(matrices)
+    ]
 
 
 def color_batch(
@@ -153,25 +184,42 @@ def color_batch(
         return values
 
     precision = [eps] * count if isinstance(eps, (int, float)) else eps
-    arguments = zip(
-        matrices,
-        each("eps", precision),
-        each("must_match", must_match),
-        each("bound", bound),
-        each("relative", relative),
-        each("weights", weights),
-        strict=True,
+    problems = list(
+        zip(
+            matrices,
+            cast(Sequence[float], each("eps", precision)),
+            each("bound", bound),
+            each("relative", relative),
+            each("must_match", must_match),
+            strict=True,
+        )
     )
+    mass = each("weights", weights)
+    together: dict[torch.device, list[int]] = {}
+    if not scaled:
+        for place, problem in enumerate(problems):
+            rows, own_eps, own_bound, own_relative, groups = problem
+            if _has_kernels(rows, own_eps, criterion):
+                check_arguments(
+                    rows, own_eps, criterion, groups, own_bound, own_relative, mass[place]
+                )
+                together.setdefault(problem[0].device, []).append(place)
+    done: dict[int, Coloring] = {}
+    for places in together.values():
+        colorings = _on_device([problems[place] for place in places])
+        done.update(zip(places, colorings, strict=True))
     return [
-        color(
+        done[place]
+        if place in done
+        else color(
             rows,
-            cast(float, own_eps),
+            own_eps,
             criterion,
             must_match=groups,
             bound=own_bound,
             relative=own_relative,
             scaled=scaled,
-            weights=own_weights,
+            weights=mass[place],
         )
-        for rows, own_eps, groups, own_bound, own_relative, own_weights in arguments
+        for place, (rows, own_eps, own_bound, own_relative, groups) in enumerate(problems)
     ]
