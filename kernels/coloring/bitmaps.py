@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fxfib.kernels.coloring.rows import Ints, Rows
+from fxfib.kernels.coloring.threads import in_order
 
 Bits = NDArray[np.uint8]
 
@@ -20,6 +21,9 @@ _LEVELS = 128
 _TILE_ROWS = 4096
 _TILE_COLUMNS = 2**14
 _CHUNK_BYTES = 2**18
+# What comparing a pair costs, and one more column of it, in the time of one pair's bit.
+_PAIR_COST = 1500.0
+_COLUMN_COST = 60.0
 _BYTES_AT_ONCE = 2**16
 _COUNTS = np.array([bin(word).count("1") for word in range(2**16)], dtype=np.uint8)
 
@@ -42,16 +46,22 @@ class BitMap:
     def pairs(self) -> Iterator[tuple[Ints, Ints]]:
         """Candidate pairs of row indices, tile after tile."""
         count = self.rows.count
-        for start in range(0, count, _TILE_ROWS):
-            tile = slice(start, min(start + _TILE_ROWS, count))
-            for first in range(start, count, _TILE_COLUMNS):
-                others = slice(first, min(first + _TILE_COLUMNS, count))
-                for left, right in _ones(self._alive(tile, others)):
-                    left, right = left + start, right + first
-                    kept = left < right
-                    if self.groups is not None:
-                        kept &= self.groups[left] == self.groups[right]
-                    yield left[kept], right[kept]
+        tiles = [
+            (
+                slice(start, min(start + _TILE_ROWS, count)),
+                slice(first, min(first + _TILE_COLUMNS, count)),
+            )
+            for start in range(0, count, _TILE_ROWS)
+            for first in range(start, count, _TILE_COLUMNS)
+        ]
+        alive = in_order(lambda tile: self._alive(*tile), tiles)
+        for (here, there), bits in zip(tiles, alive, strict=True):
+            for left, right in _ones(bits):
+                left, right = left + here.start, right + there.start
+                kept = left < right
+                if self.groups is not None:
+                    kept &= self.groups[left] == self.groups[right]
+                yield left[kept], right[kept]
 
     def _alive(self, tile: slice, others: slice) -> Bits:
         """Bits [tile rows, other rows / 8]: the pairs that no column tells apart."""
@@ -59,17 +69,16 @@ class BitMap:
         alive = np.packbits(np.ones((1, width), dtype=bool), axis=1).repeat(height, axis=0)
         padding = np.zeros((height, -alive.shape[1] % 8), dtype=np.uint8)
         alive = np.concatenate([alive, padding], axis=1)
-        check = 4
+        total = len(self.columns)
+        before, check = 1.0, 4
         for number, column in enumerate(self.columns):
             for levels, table in self._tables(int(column), tile, others, alive.shape[1]):
                 _intersect(alive, levels, table)
             if number + 1 == check:
                 remaining = float(_COUNTS[alive.view(np.uint16)].mean()) / 16
-                # Few pairs are left, or all columns together would leave many.
-                many = remaining ** (len(self.columns) / check) > 0.1
-                if remaining < 1 / 4096 or (many and check > 4):
+                if not _pays(before, remaining, check, total):
                     break
-                check *= 2
+                before, check = remaining, 2 * check
         return alive
 
     def _tables(
@@ -109,6 +118,21 @@ class BitMap:
         last = int(max(own_high.max(), high_levels.max()))
         yield own_high, _upto(low_levels, last, width)[1:]
         yield own_low, ~_upto(high_levels, last, width)[:-1]
+
+
+def _pays(before: float, remaining: float, done: int, total: int) -> bool:
+    """Whether ruling more pairs out by bits is cheaper than comparing those that remain.
+
+    Args:
+        before: share of the pairs that remained after half of the columns that are done.
+        remaining: share that remains now.
+        done: number of columns that are done.
+        total: number of all columns.
+    """
+    kept = (remaining / before) ** (2 / done) if before else 0.0
+    gone = remaining * (1 - kept ** (total - done))
+    compared = min(float(total), 1 / max(1 - kept, 1e-9))
+    return gone * (_PAIR_COST + _COLUMN_COST * compared) > total - done
 
 
 def _upto(levels: Ints, last: int, width: int) -> Bits:

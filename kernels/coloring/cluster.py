@@ -6,10 +6,12 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from fxfib.kernels.coloring.bitmaps import BitMap
 from fxfib.kernels.coloring.closeness import Closeness, PairFinder
 from fxfib.kernels.coloring.complete import complete_linkage
 from fxfib.kernels.coloring.dense import dense_linkage
 from fxfib.kernels.coloring.rows import Ints, Rows, value_order
+from fxfib.kernels.coloring.threads import in_order
 from fxfib.kernels.coloring.window import candidates
 
 # More pairs that may be close than these are not kept; 1 GiB with their distances.
@@ -19,6 +21,7 @@ Edges = tuple[NDArray[np.signedinteger], NDArray[np.signedinteger]]
 
 _CACHED_ELEMENTS = 2**17
 _FEW_ROWS = 64
+_PIVOTS = 8
 _ROUNDOFF = 2.0**-52
 # What the largest, the smallest and the largest absolute value of nothing are.
 _NOTHING = (-np.inf, np.inf, 0.0)
@@ -92,7 +95,8 @@ def _sparse_linkage(search: Closeness, members: Ints, edges: Edges) -> Ints:
     inside = (left >= 0) & (right >= 0)
     left, right = left[inside], right[inside]
     # A window may list a pair twice.
-    code = np.unique(np.minimum(left, right) * len(members) + np.maximum(left, right))
+    code = np.sort(np.minimum(left, right) * len(members) + np.maximum(left, right))
+    code = code[np.diff(code, prepend=-1) > 0]
     left, right = code // len(members), code % len(members)
     distances = search.distances(members[left], members[right])
     close = np.isfinite(distances)
@@ -110,6 +114,8 @@ def _components(search: Closeness, groups: Ints) -> tuple[Ints, Edges | None]:
     edges: list[Edges] | None = []
     kept = 0
     window = candidates(search.rows, search.eps, groups, search.columns)
+    if isinstance(window, BitMap) and groups.min() == groups.max() and _mostly_close(search):
+        return _around_pivots(search), None
     batch = 2048
     for left, right in window.pairs():
         while len(left):
@@ -136,6 +142,32 @@ def _components(search: Closeness, groups: Ints) -> tuple[Ints, Edges | None]:
     both = zip(*edges, strict=True) if edges else ([none], [none])
     first, second = (np.concatenate(part) for part in both)
     return labels, (first, second)
+
+
+def _mostly_close(search: Closeness) -> bool:
+    """Whether so many pairs are close that all distances will be needed."""
+    left, right = np.random.default_rng(20250103).integers(0, search.rows.count, (2, 1024))
+    return float(np.isfinite(search.distances(left, right)).mean()) > 1 / 4
+
+
+def _around_pivots(search: Closeness) -> Ints:
+    """Connected components where a few rows are close to most others."""
+    count = search.rows.count
+    everyone = np.arange(count)
+    labels = np.arange(count)
+
+    def connect(row: int) -> None:
+        nonlocal labels
+        others = everyone[labels != labels[row]]
+        others = others[np.isfinite(search.distances(np.full(len(others), row), others))]
+        labels[np.isin(labels, labels[others])] = labels[row]
+
+    for row in np.linspace(0, count - 1, _PIVOTS).astype(np.int64):
+        connect(int(row))
+    largest = np.bincount(labels).argmax()
+    for row in np.flatnonzero(labels != largest):
+        connect(int(row))
+    return labels
 
 
 def _connected(count: int, left: Ints, right: Ints) -> Ints:
@@ -178,9 +210,11 @@ def _not_cliques(search: Closeness, components: Ints) -> list[Ints]:
     for size in np.unique(sizes):
         which = np.flatnonzero(sizes == size)
         step = max(1, _CACHED_ELEMENTS // search.rows.width)
-        for first in range(0, len(which), step):
-            part = which[first : first + step]
-            clique[part] = _fits(search, members[starts[part][:, None] + np.arange(size)])
+        chunks = [which[first : first + step] for first in range(0, len(which), step)]
+        inside = [members[starts[chunk][:, None] + np.arange(size)] for chunk in chunks]
+        fits = in_order(lambda part: _fits(search, part), inside)
+        for chunk, result in zip(chunks, fits, strict=True):
+            clique[chunk] = result
     parts = np.split(members, starts[1:])
     return [part for part, done in zip(parts, clique, strict=True) if not done]
 

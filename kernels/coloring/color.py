@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fxfib.errors import InputError
 from fxfib.kernels.coloring.checks import CRITERIA, check_arguments
+from fxfib.kernels.coloring.threads import in_order
 from fxfib.kernels.coloring.vectorised import color_rows
 from fxfib.kernels.dispatch import backend_of
 
@@ -208,10 +209,10 @@ def color_batch(
     for places in together.values():
         colorings = _on_device([problems[place] for place in places])
         done.update(zip(places, colorings, strict=True))
-    return [
-        done[place]
-        if place in done
-        else color(
+
+    def one(place: int) -> Coloring:
+        rows, own_eps, own_bound, own_relative, groups = problems[place]
+        return color(
             rows,
             own_eps,
             criterion,
@@ -221,5 +222,7 @@ def color_batch(
             scaled=scaled,
             weights=mass[place],
         )
-        for place, (rows, own_eps, own_bound, own_relative, groups) in enumerate(problems)
-    ]
+
+    others = [place for place in range(count) if place not in done]
+    done.update(zip(others, in_order(one, others), strict=True))
+    return [done[place] for place in range(count)]

@@ -91,7 +91,8 @@ class _Clusters:
         np.maximum(table[first], table[second], out=table[first])
         table[first, [first, second]] = np.inf
         table[:, first] = table[first]
-        table[second] = table[:, second] = np.inf
+        # Nobody looks at the row of `second` again.
+        table[:, second] = np.inf
         np.minimum(self._low[first], self._low[second], out=self._low[first])
         np.maximum(self._high[first], self._high[second], out=self._high[first])
 
@@ -99,7 +100,8 @@ class _Clusters:
 def _distances(search: Closeness, members: Ints, values: Floats) -> Floats:
     """Float32 [m, m]: infinite on the diagonal and where a pair is not close."""
     count = len(members)
-    table = np.empty((count, count), dtype=np.float32)
+    # Rows a power of two apart would share the lines of the cache.
+    table = np.empty((count, count + 16 + count % 2), dtype=np.float32)[:, :count]
     for rows, others in _blocks(count):
         if search.rows.has_bounds:
             left = np.repeat(members[rows], others.stop - others.start)

@@ -4,6 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fxfib.kernels.coloring.rows import Ints, Rows, by_appearance
+from fxfib.kernels.coloring.threads import in_order
 
 Hashes = NDArray[np.uint64]
 
@@ -14,8 +15,8 @@ _BLOCK_WORDS = 2**20
 def identical(rows: Rows, groups: Ints) -> tuple[Ints, Ints]:
     """Number the classes of rows with the same values (+0 = -0) and the same group.
 
-    Almost always a few columns already tell all rows apart, so only rows whose sampled columns
-    agree with another row's are hashed in full, and only equal hashes are compared.
+    Almost always a few columns already tell different rows apart.  Where they do not, rows are
+    hashed in full, and those of equal hashes are compared.
 
     Args:
         rows: n rows.
@@ -29,20 +30,36 @@ def identical(rows: Rows, groups: Ints) -> tuple[Ints, Ints]:
         columns = np.linspace(0, rows.width - 1, _SAMPLED_COLUMNS).astype(np.int64)
     everyone = np.arange(rows.count)
     keys = _hash(rows, everyone, columns, groups)
-    ids, suspects = _repeated(keys)
+    order = np.argsort(keys, kind="stable")
+    following = np.flatnonzero(keys[order[1:]] == keys[order[:-1]]) + 1
+    if not len(following):
+        return everyone, everyone
+    # Mostly rows whose sampled columns agree are equal, and one comparison settles it.
+    equal = np.zeros(rows.count, dtype=bool)
+    equal[following] = _same(rows, order[following], order[following - 1], groups)
+    runs = np.cumsum(np.r_[True, keys[order[1:]] != keys[order[:-1]]])
+    mixed = np.zeros(int(runs[-1]) + 1, dtype=bool)
+    mixed[runs[following[~equal[following]]]] = True
+    ids = np.empty(rows.count, dtype=np.int64)
+    ids[order] = np.cumsum(~equal)
+    suspects = order[mixed[runs]]
     if len(suspects):
-        ids[suspects] = rows.count + _confirmed(rows, suspects, groups)
+        ids[suspects] = rows.count + 1 + _confirmed(rows, suspects, groups)
     return by_appearance(ids)
 
 
-def _repeated(keys: Hashes) -> tuple[Ints, Ints]:
-    """An id of its own for every row, and the rows whose key another row has too."""
-    order = np.argsort(keys, kind="stable")
-    same = keys[order[1:]] == keys[order[:-1]]
-    repeated = np.zeros(len(keys), dtype=bool)
-    repeated[order[1:]] |= same
-    repeated[order[:-1]] |= same
-    return np.arange(len(keys)), np.flatnonzero(repeated)
+def _same(rows: Rows, left: Ints, right: Ints, groups: Ints) -> NDArray[np.bool_]:
+    """Whether the rows of each pair have the same values and the same group."""
+    step = max(1, _BLOCK_WORDS // (4 * max(1, rows.width)))
+    everything = slice(None)
+
+    def compare(start: int) -> NDArray[np.bool_]:
+        i, k = left[start : start + step], right[start : start + step]
+        equal = (rows.values(i, everything) == rows.values(k, everything)).all(axis=1)
+        return equal & (groups[i] == groups[k])
+
+    parts = list(in_order(compare, range(0, len(left), step)))
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=bool)
 
 
 def _hash(rows: Rows, index: Ints, columns: Ints | slice, groups: Ints) -> Hashes:
@@ -76,12 +93,7 @@ def _confirmed(rows: Rows, suspects: Ints, groups: Ints) -> Ints:
     same_hash = hashes[order[1:]] == hashes[order[:-1]]
     following = np.flatnonzero(same_hash) + 1
     equal = np.zeros(len(order), dtype=bool)
-    step = max(1, _BLOCK_WORDS // max(1, rows.width))
-    for start in range(0, len(following), step):
-        block = following[start : start + step]
-        left, right = ordered[block], ordered[block - 1]
-        values_equal = rows.values(left, slice(None)) == rows.values(right, slice(None))
-        equal[block] = values_equal.all(axis=1) & (groups[left] == groups[right])
+    equal[following] = _same(rows, ordered[following], ordered[following - 1], groups)
     numbers = np.cumsum(~equal)
     if not equal[following].all():
         numbers = _without_hashing(rows, ordered, groups)
