@@ -30,16 +30,16 @@ def identical(rows: Rows, groups: Ints) -> tuple[Ints, Ints]:
         columns = np.linspace(0, rows.width - 1, _SAMPLED_COLUMNS).astype(np.int64)
     everyone = np.arange(rows.count)
     keys = _hash(rows, everyone, columns, groups)
-    order = np.argsort(keys, kind="stable")
-    following = np.flatnonzero(keys[order[1:]] == keys[order[:-1]]) + 1
-    if not len(following):
+    order = np.argsort(keys)
+    follows = np.zeros(rows.count, dtype=bool)
+    follows[1:] = keys[order[1:]] == keys[order[:-1]]
+    if not follows.any():
         return everyone, everyone
     # Mostly rows whose sampled columns agree are equal, and one comparison settles it.
-    equal = np.zeros(rows.count, dtype=bool)
-    equal[following] = _same(rows, order[following], order[following - 1], groups)
-    runs = np.cumsum(np.r_[True, keys[order[1:]] != keys[order[:-1]]])
+    equal = _same(rows, order, follows, groups)
+    runs = np.cumsum(~follows)
     mixed = np.zeros(int(runs[-1]) + 1, dtype=bool)
-    mixed[runs[following[~equal[following]]]] = True
+    mixed[runs[follows & ~equal]] = True
     ids = np.empty(rows.count, dtype=np.int64)
     ids[order] = np.cumsum(~equal)
     suspects = order[mixed[runs]]
@@ -48,18 +48,24 @@ def identical(rows: Rows, groups: Ints) -> tuple[Ints, Ints]:
     return by_appearance(ids)
 
 
-def _same(rows: Rows, left: Ints, right: Ints, groups: Ints) -> NDArray[np.bool_]:
-    """Whether the rows of each pair have the same values and the same group."""
+def _same(rows: Rows, order: Ints, follows: NDArray[np.bool_], groups: Ints) -> NDArray[np.bool_]:
+    """Whether the row at a place of `order` equals the one before, where it `follows` that one."""
+    needed = follows.copy()
+    needed[:-1] |= follows[1:]
+    places = np.flatnonzero(needed)
     step = max(1, _BLOCK_WORDS // (4 * max(1, rows.width)))
-    everything = slice(None)
 
     def compare(start: int) -> NDArray[np.bool_]:
-        i, k = left[start : start + step], right[start : start + step]
-        equal = (rows.values(i, everything) == rows.values(k, everything)).all(axis=1)
-        return equal & (groups[i] == groups[k])
+        index = order[places[start : start + step + 1]]
+        values = rows.values(index, slice(None))
+        equal = (values[1:] == values[:-1]).all(axis=1)
+        return equal & (groups[index[1:]] == groups[index[:-1]])
 
-    parts = list(in_order(compare, range(0, len(left), step)))
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=bool)
+    parts = list(in_order(compare, range(0, len(places) - 1, step)))
+    equal = np.zeros(len(order), dtype=bool)
+    if parts:
+        equal[places[1:]] = np.concatenate(parts)
+    return equal & follows
 
 
 def _hash(rows: Rows, index: Ints, columns: Ints | slice, groups: Ints) -> Hashes:
@@ -88,14 +94,13 @@ def _hash(rows: Rows, index: Ints, columns: Ints | slice, groups: Ints) -> Hashe
 def _confirmed(rows: Rows, suspects: Ints, groups: Ints) -> Ints:
     """Ids of the classes among `suspects`, by full hash and comparison."""
     hashes = _hash(rows, suspects, slice(None), groups)
-    order = np.argsort(hashes, kind="stable")
+    order = np.argsort(hashes)
     ordered = suspects[order]
-    same_hash = hashes[order[1:]] == hashes[order[:-1]]
-    following = np.flatnonzero(same_hash) + 1
-    equal = np.zeros(len(order), dtype=bool)
-    equal[following] = _same(rows, ordered[following], ordered[following - 1], groups)
-    numbers = np.cumsum(~equal)
-    if not equal[following].all():
+    follows = np.zeros(len(order), dtype=bool)
+    follows[1:] = hashes[order[1:]] == hashes[order[:-1]]
+    equal = _same(rows, ordered, follows, groups)
+    numbers: Ints = np.cumsum(~equal)
+    if (follows & ~equal).any():
         numbers = _without_hashing(rows, ordered, groups)
     ids = np.empty(len(suspects), dtype=np.int64)
     ids[order] = numbers

@@ -149,6 +149,11 @@ def blocks(count: int, width: int) -> Iterator[slice]:
 
 def by_appearance(ids: Ints) -> tuple[Ints, Ints]:
     """Number clusters in the order of their first rows; also the first row of every cluster."""
+    highest = np.maximum.accumulate(ids)
+    new = np.diff(highest, prepend=-1)
+    if len(ids) and ids.min() >= 0 and new.max() <= 1:
+        # They are numbered like this already.
+        return ids, np.flatnonzero(new)
     _, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
     order = np.argsort(first, kind="stable")
     numbers = np.empty(len(first), dtype=np.int64)
