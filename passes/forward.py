@@ -299,7 +299,9 @@ class Analysis:
         self.opaque.add(node)
         for source in node.all_input_nodes:
             if is_tensor(source):
-                tracked |= bool(self.value(source).tracked_axes)
+                # A weight that nothing follows could have had fibers too.
+                weight = self.is_constant(source) and source.meta["val"].is_floating_point()
+                tracked |= weight or bool(self.value(source).tracked_axes)
                 self.full(source, None, f"{op_name(node)} reads it, and {reason}")
         if tracked:
             self.refuse(node, reason, remedy)
