@@ -64,16 +64,26 @@ def dense_linkage(search: Closeness, members: Ints) -> Ints:
 
 
 class _Clusters:
-    """Distances of clusters, each known by its first member; infinite where not all is close."""
+    """Distances of clusters, each known by its first member; infinite where not all is close.
+
+    A join changes a row and a column of the matrix, and writing columns is slow.  So a row learns
+    of the joins of others only when it is read: the distance to a cluster is the largest of the
+    distances to those it is made of.
+    """
 
     def __init__(self, distances: Floats, values: Floats) -> None:
         """`distances`: float32 [m, m], changed; `values`: float64 [m, d], changed."""
+        count = len(distances)
         self._distances = distances
         self._low, self._high = values, values.copy()
+        self._cluster = np.arange(count)
+        self._joined = np.empty(count, dtype=np.int64)
+        self._joins = 0
+        self._known_joins = np.zeros(count, dtype=np.int64)
 
     def nearest(self, here: int) -> int | None:
         """The nearest cluster, of several equally near ones the first; None if none is close."""
-        row = self._distances[here]
+        row = self._row(here)
         there = int(row.argmin())
         if row[there] == np.inf:
             return None
@@ -87,21 +97,31 @@ class _Clusters:
 
     def join(self, first: int, second: int) -> None:
         """Make `second` a part of `first`."""
-        table = self._distances
-        np.maximum(table[first], table[second], out=table[first])
-        table[first, [first, second]] = np.inf
-        table[:, first] = table[first]
-        # Nobody looks at the row of `second` again.
-        table[:, second] = np.inf
+        row = self._row(first)
+        np.maximum(row, self._row(second), out=row)
+        row[[first, second]] = np.inf
+        self._cluster[self._cluster == second] = first
+        self._joined[self._joins] = second
+        self._joins += 1
+        self._known_joins[first] = self._joins
         np.minimum(self._low[first], self._low[second], out=self._low[first])
         np.maximum(self._high[first], self._high[second], out=self._high[first])
+
+    def _row(self, here: int) -> Floats:
+        """Distances to all clusters, after all joins."""
+        row = self._distances[here]
+        gone = self._joined[self._known_joins[here] : self._joins]
+        if len(gone):
+            np.maximum.at(row, self._cluster[gone], row[gone])
+            row[gone] = np.inf
+            self._known_joins[here] = self._joins
+        return row
 
 
 def _distances(search: Closeness, members: Ints, values: Floats) -> Floats:
     """Float32 [m, m]: infinite on the diagonal and where a pair is not close."""
     count = len(members)
-    # Rows a power of two apart would share the lines of the cache.
-    table = np.empty((count, count + 16 + count % 2), dtype=np.float32)[:, :count]
+    table = np.empty((count, count), dtype=np.float32)
     for rows, others in _blocks(count):
         if search.rows.has_bounds:
             left = np.repeat(members[rows], others.stop - others.start)
