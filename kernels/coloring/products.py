@@ -67,9 +67,9 @@ class Points:
                 cross = self._high[block] @ self._low[start:].T
                 cross += self._low[block] @ self._high[start:].T
                 inner += cross
-            np.subtract(half[None, start:], inner, out=inner)
-            inner += half[block, None]
-            yield start, np.maximum(inner, 0.0, out=inner)
+            gap = np.add.outer(half[block], half[start:])
+            gap -= inner
+            yield start, np.maximum(gap, 0.0, out=gap)
 
     def condensed(self) -> Floats:
         """Half the squared distances of all pairs, float64 [n (n - 1) / 2], in scipy's order."""
