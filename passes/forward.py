@@ -19,6 +19,7 @@ from fxfib.coloring import Factor, Floats, Value
 from fxfib.passes.relations import Full, Ref, Relation
 from fxfib.passes.rules import find_rule
 from fxfib.passes.rules.base import Barrier, hint, is_tensor
+from fxfib.passes.rules.tracing import Block
 from fxfib.signature import color_form, unit_roundoff
 
 RANDOM = torch.Tag.nondeterministic_seeded
@@ -91,6 +92,8 @@ class Analysis:
         self.gains: dict[fx.Node, list[tuple[fx.Node, Floats | None]]] = {}
         self.inner_sizes: dict[Ref, int] = {}  # of axes that exist only inside an op
         self.by_node: dict[fx.Node, list[Relation]] = {}
+        # Where movement ops took the elements, or why nobody can say.
+        self.traces: dict[Any, list[Block] | Barrier] = {}
         self._current: fx.Node | None = None
         self._constants: dict[fx.Node, torch.Tensor] = {}
         self._is_constant: dict[fx.Node, bool] = {}

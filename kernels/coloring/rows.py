@@ -31,6 +31,14 @@ class Bounds:
     absolute: Floats | None
     relative: Floats | None = None
 
+    @property
+    def uniform(self) -> float | None:
+        """The one relative bound below 1 of every entry, where there is no other."""
+        if self.absolute is not None or self.relative is None or not len(self.relative):
+            return None
+        low, high = self.relative.min(), self.relative.max()
+        return float(low) if low == high < 1 else None
+
     def at(self, values: Floats, index: Index, columns: Index) -> Floats:
         """Float64, broadcastable to `values`, which are the rows' entries at these places."""
         result: Floats = np.zeros((1, 1))
@@ -108,6 +116,9 @@ class NormalisedRows:
         self._bounds = bounds
         self._norms = norms[:, None]
         if bounds is None:
+            return
+        if bounds.uniform is not None:
+            self._norm_error = bounds.uniform * self._norms
             return
         upper = np.empty(self.count)
         lower = np.empty(self.count)

@@ -81,11 +81,15 @@ def _parallel(values: Floats, bounds: Bounds | None, groups: Ints) -> tuple[Ints
     zero = np.ones(count, dtype=bool)
     norms = np.ones(count)
     if width:
+        # What is off by less than itself is not zero.
+        exact = bounds is None or bounds.uniform is not None
         for block in blocks(count, width):
             size = np.abs(values[block])
             norms[block] = size.max(axis=1)
-            allowed = 0.0 if bounds is None else bounds.at(size, block, slice(None))
-            zero[block] = (size <= allowed).all(axis=1)
+            if bounds is None or exact:
+                zero[block] = norms[block] == 0
+            else:
+                zero[block] = (size <= bounds.at(size, block, slice(None))).all(axis=1)
         norms[zero] = 1.0
     _, groups = np.unique(2 * np.unique(groups, return_inverse=True)[1] + zero, return_inverse=True)
     if not width:

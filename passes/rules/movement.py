@@ -15,6 +15,7 @@ from fxfib.coloring import (
 )
 from fxfib.passes.relations import Full, Move, Same
 from fxfib.passes.rules.base import (
+    Barrier,
     Rule,
     overloads,
     register,
@@ -43,14 +44,26 @@ class Movement(Rule):
     pointwise = True
 
     def move(self, analysis: Analysis, node: fx.Node, source: fx.Node) -> list[Block]:
-        """Run the op on numbered elements and see where the colored axes went."""
+        """Run the op on numbered elements and see where the colored axes went.
+
+        Repeated blocks of a network ask the same again and again, so answers are remembered.
+        """
         shape = analysis.shape(source)
-        numbered = torch.arange(int(np.prod(shape)), dtype=torch.int64).reshape(shape)
-        args, kwargs = example_arguments(node, numbered)
-        moved = node.target(*args, **kwargs)  # type: ignore[operator]
         dynamic = {a for a in range(len(shape)) if analysis.dynamic(source, a)}
-        value = analysis.color(source)
-        return trace_blocks(shape, moved.numpy(), [f.axes for f in value.factors], dynamic)
+        groups = tuple(f.axes for f in analysis.color(source).factors)
+        args, kwargs = example_arguments(node)
+        key = (node.target, repr(args), repr(kwargs), shape, groups, frozenset(dynamic))
+        if key not in analysis.traces:
+            numbered = torch.arange(int(np.prod(shape)), dtype=torch.int64).reshape(shape)
+            moved = node.target(numbered, *args, **kwargs)  # type: ignore[operator]
+            try:
+                analysis.traces[key] = trace_blocks(shape, moved.numpy(), groups, dynamic)
+            except Barrier as stop:
+                analysis.traces[key] = stop
+        found = analysis.traces[key]
+        if isinstance(found, Barrier):
+            raise Barrier(found.reason, found.remedy)
+        return found
 
     def forward(self, analysis: Analysis, node: fx.Node) -> Value:
         source = node.args[0]

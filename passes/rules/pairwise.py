@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from fxfib.passes.rules.base import overloads, register
 from fxfib.passes.rules.elementwise import Elementwise
-
-if TYPE_CHECKING:
-    pass
 
 
 @register

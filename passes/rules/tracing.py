@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,17 +23,11 @@ from fxfib.passes.rules.base import (
     hint,
 )
 
-if TYPE_CHECKING:
-    pass
-
-
 Block = tuple[tuple[int, ...], tuple[int, ...], Labels]  # input axes, output axes, index
 
 
-def example_arguments(
-    node: fx.Node, source: torch.Tensor
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The call's arguments with its first one replaced and sizes at the example's values."""
+def example_arguments(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call's arguments after its first one, sizes at the example's values."""
 
     def plain(argument: fx.Node) -> Any:
         value = argument.meta["val"]
@@ -42,7 +36,7 @@ def example_arguments(
         return hint(value)
 
     args, kwargs = fx.map_arg((node.args[1:], node.kwargs), plain)
-    return (source, *args), kwargs
+    return args, kwargs
 
 
 def strides_of(shape: tuple[int, ...]) -> list[int]:
