@@ -63,7 +63,7 @@ def test_close_pairs_are_all_found_once(monkeypatch, kind, path):
     count = len(rows)
     generator = torch.Generator().manual_seed(3)
     gaps = (rows[:, None].double() - rows[None].double()).abs()
-    for eps in (0.01, 0.4, 2.0):
+    for eps in (0.01, 1.0):
         for bound in (None, torch.rand(count, 1, generator=generator) * eps):
             for groups in (torch.zeros(count).long(), torch.arange(count) % 3):
                 reach = torch.zeros(count, 1) if bound is None else bound
