@@ -8,7 +8,7 @@ from scipy.spatial.distance import pdist
 
 from fxfib.errors import InputError
 from fxfib.kernels import color
-from fxfib.kernels.coloring import dense, reference
+from fxfib.kernels.coloring import dense, linkages, reference
 
 from color_cases import KINDS, PATHS, matrix, random_case, renumbered, weights
 
@@ -60,6 +60,16 @@ def test_complete_linkage_is_scipys():
         eps = float(np.quantile(distances, quantile))
         expected = fcluster(linkage(distances, "complete"), eps, criterion="distance")
         assert color(rows, eps).labels.tolist() == renumbered(expected)
+
+
+@pytest.mark.parametrize("eps", [0.02, 0.1, 0.3, 0.8])
+def test_average_linkage_is_scipys(monkeypatch, eps):
+    rows = weights("normal", 600, 7, seed=12).double()
+    tree = linkage(pdist(rows.numpy(), "cosine"), "average")
+    expected = renumbered(fcluster(tree, eps, criterion="distance"))
+    for few in (0, 1000):
+        monkeypatch.setattr(linkages, "_FEW", few)
+        assert color(rows, eps, "cosine").labels.tolist() == expected
 
 
 def test_more_than_fits_in_memory_is_refused(monkeypatch):
