@@ -1,233 +1,197 @@
 """Coloring beside what a user would write instead: seconds, memory, and whether it is right.
 
     python bench/coloring.py                    # every case of the CPU; resumable
-    python bench/coloring.py --quick            # small ones, a minute
+    python bench/coloring.py --quick            # small ones, a few minutes
+    python bench/coloring.py --only half 8192   # cases with both words in them
     python bench/coloring.py --device cuda      # the same questions on a GPU
 
 Outputs are checked before anything is timed.  All providers of a case run in turns in one process;
-a ratio is the median over turns of another provider's seconds over ours.
+a ratio is the median over turns of another provider's seconds over ours.  Rows of real networks
+need torchvision, those of trained ones ``FXFIB_DATA``.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import importlib.metadata
+import os
 import platform
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gates
-import providers  # noqa: F401  (registers them)
 import torch
-from check import wrong
-from inputs import Case, make
-from registry import PROVIDERS, Provider
-from torch import Tensor
+from measure import RESULT_COLUMNS, measure
+from registry import CASE_COLUMNS, PROVIDERS, Case
 
 RESULTS = Path(__file__).resolve().parent / "results"
-COLUMNS = (
-    "kind", "count", "width", "share", "eps", "provider", "status", "colors", "seconds",
-    "seconds_min", "seconds_max", "ratio", "ratio_min", "ratio_max", "rounds", "peak_mib",
-    "rows_mib", "device", "machine", "threads", "torch", "triton", "fxfib",
-)  # fmt: skip
+PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "triton", "fxfib")
+MACHINE_COLUMNS = ("device", "machine", "threads", "python", *PACKAGES, "commit", "date")
+COLUMNS = (*CASE_COLUMNS, *RESULT_COLUMNS, *MACHINE_COLUMNS)
 
 
-def cases(quick: bool) -> list[Case]:
-    """Small eps at growing n, equal rows, and eps so large that half of the rows merge."""
-    counts = (512, 1024, 2048) if quick else (4096, 8192, 16384, 32768, 65536)
+def cases(quick: bool, device: str) -> list[Case]:
+    """The sizes that goals are about come first: an interrupted run has seen the most of them."""
+    counts = (2048, 512, 1024) if quick else (8192, 65536, 4096, 16384, 32768)
+    if device == "cuda" and not quick:
+        counts = (8192, 65536, 16384, 32768)
     found = [
-        Case(kind, count, 512, share)
-        for kind in ("random", "planted")
-        for share in ("1e-5", "1e-3", "1e-2")
+        Case("color", kind, 1, count, 512, "float32", share)
         for count in counts
+        for share in ("0", "1e-5", "1e-3", "1e-2")
+        for kind in ("random", "planted")
     ]
-    found += [Case(kind, n, 512, "0") for kind in ("random", "planted") for n in counts]
-    found += [Case("network", min(8192, counts[-1]), 512, share) for share in ("0", "1e-3", "1e-2")]
-    large = (512, 1024) if quick else (4096, 8192, 32768)
-    found += [Case("random", n, 512, "half") for n in large]
-    return [*found, Case("random", 128, 16, "1e-2"), Case("planted", 128, 16, "1e-2")]
-
-
-def suits(provider: Provider, case: Case, options: argparse.Namespace) -> str | None:
-    """Why a provider is left out of a case; an empty word: it answers another question."""
-    exact = case.share == "0"
-    if (exact and not provider.exact) or (not exact and not provider.approximate):
-        return ""
-    if options.device not in provider.devices:
-        return ""
-    need = provider.bytes_per_pair * case.count**2 / 2**30
-    if need > options.memory:
-        return f"left out: about {need:.0f} GiB" if provider.name != "reference" else ""
-    return None
-
-
-def clocked(run: Callable[[], Any], device: str) -> float:
-    """Seconds of a call, the device's work included."""
+    large = (512, 1024) if quick else (8192, 32768, 4096)
+    found[8:8] = [Case("color", "random", 1, n, 512, "float32", "half") for n in large]
     if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def peak(case: Case, name: str, options: argparse.Namespace) -> float | None:
-    """MiB a provider needs beyond the rows, in a process of its own (on a GPU, on its memory)."""
-    command = [sys.executable, __file__, "--device", options.device, "--peak", name]
-    done = subprocess.run([*command, *map(str, case.key)], capture_output=True, text=True)
-    return float(done.stdout.split()[-1]) if done.returncode == 0 else None
-
-
-def print_peak(case: Case, name: str, device: str) -> None:
-    """The other side of `peak`."""
-    from compile_cost import forget_peak, resident
-
-    rows, eps, _ = make(case)
-    rows = rows.to(device)
-    small = Case(case.kind, 64, case.width, "0" if case.share == "0" else "1e-3")
-    PROVIDERS[name].run(make(small)[0].to(device), 1e-3 if case.share != "0" else 0.0)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        PROVIDERS[name].run(rows, eps)
-        print((torch.cuda.max_memory_allocated() - before) / 2**20)
-    else:
-        before = forget_peak()
-        PROVIDERS[name].run(rows, eps)
-        print(resident("VmHWM") - before)
-
-
-def measure(case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row a provider."""
-    rows, eps, planted = make(case)
-    rows = rows.to(options.device)
-    row = dict(zip(("kind", "count", "width", "share"), case.key, strict=True)) | {
-        "eps": f"{eps:.6g}", "rows_mib": rows.numel() * rows.element_size() / 2**20,
-    }  # fmt: skip
-    results: dict[str, dict[str, Any]] = {}
-    trusted: Tensor | None = planted
-    first: dict[str, float] = {}
-    for name, provider in PROVIDERS.items():
-        reason = suits(provider, case, options)
-        if reason is not None:
-            if reason:
-                results[name] = {"status": reason}
-            continue
-        expected = options.seconds.get(name, 0.0) * (case.count / 4096) ** 2
-        if expected > options.limit:
-            results[name] = {"status": f"left out: about {expected:.0f} s"}
-            continue
-        labels: list[Tensor | None] = []
-        first[name] = clocked(lambda: labels.append(provider.run(rows, eps)), options.device)  # noqa: B023
-        answer = labels[0]
-        fault = wrong(rows, eps, answer, provider.gives, trusted) if answer is not None else None
-        if name == "fxfib" and fault is None:
-            trusted = answer
-        colors = len(answer.unique()) if answer is not None else ""
-        results[name] = {"status": fault or "right", "colors": colors}
-        if fault:
-            print(f"{case.key}: {name} is wrong: {fault}", file=sys.stderr)
-            del first[name]
-        if case.count >= 4096 and not fault and provider.bytes_per_pair:
-            options.seconds[name] = first[name] * (4096 / case.count) ** 2
-    times = turns(rows, eps, first, options)
-    for name, seconds in times.items():
-        ratios = [s / o for s, o in zip(seconds, times.get("fxfib", seconds), strict=False)]
-        results[name] |= {
-            "seconds": f"{statistics.median(seconds):.5g}",
-            "seconds_min": f"{min(seconds):.5g}",
-            "seconds_max": f"{max(seconds):.5g}",
-            "ratio": f"{statistics.median(ratios):.4g}",
-            "ratio_min": f"{min(ratios):.4g}",
-            "ratio_max": f"{max(ratios):.4g}",
-            "rounds": len(seconds),
-        }
-        # Below, the memory is that of the libraries.
-        if case.count >= 4096 and name != "torch.sum" and first[name] < options.limit / 4:
-            found = peak(case, name, options)
-            results[name]["peak_mib"] = "" if found is None else f"{found:.0f}"
-    return [{**row, "provider": name, **found} for name, found in results.items()]
-
-
-def turns(
-    rows: Tensor, eps: float, first: dict[str, float], options: argparse.Namespace
-) -> dict[str, list[float]]:
-    """Seconds of every provider, in turns; the slow ones take part in fewer of them."""
-    times: dict[str, list[float]] = {name: [] for name in first}
-    for turn in range(options.rounds):
-        for name, seconds in first.items():
-            if turn and seconds * (turn + 1) > options.limit / 2:
-                continue
-            run = PROVIDERS[name].run
-            times[name].append(clocked(lambda: run(rows, eps), options.device))  # noqa: B023
-    return times
+        batch, count, width = (3, 256, 512) if quick else (32, 11008, 4096)
+        return found + [
+            Case("color_batch", kind, batch, count, width, "bfloat16", share)
+            for kind, share in (("random", "0"), ("random", "1e-3"), ("planted", "1e-3"))
+        ]
+    count = min(8192, counts[0])
+    found += [Case("color", "network", 1, count, 512, "float32", s) for s in ("0", "1e-3", "1e-2")]
+    # The checkpoints are of small networks: no more rows are in them.
+    trained = min(4096, counts[0])
+    found += [
+        Case("color", "trained", 1, trained, 144, "float32", s) for s in ("0", "1e-3", "half")
+    ]
+    found += [
+        Case("color", "planted", 1, min(4096, counts[0]), 512, dtype, "1e-3")
+        for dtype in ("bfloat16", "float16", "float64")
+    ]
+    found += [Case("color", kind, 1, 128, 16, "float32", "1e-2") for kind in ("random", "planted")]
+    found += [Case("color_batch", "planted", 48, 257, 64, "float32", s) for s in ("0", "1e-3")]
+    side = 512 if quick else 4096
+    return found + [Case(name, "random", 1, side, side, "float32", "0") for name in PROVIDERS
+                    if not name.startswith("color")]  # fmt: skip
 
 
 def machine(device: str) -> dict[str, Any]:
     """What a figure depends on."""
-    import fxfib
+    found: dict[str, Any] = {"device": device, "threads": torch.get_num_threads()}
+    found["machine"] = torch.cuda.get_device_name() if device == "cuda" else processor()
+    found |= {"python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = ""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True)
+    found["commit"] = done.stdout.strip()
+    return found
 
+
+def processor() -> str:
+    """The model name where the system tells it."""
     try:
-        import triton
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
-        version = triton.__version__
-    except ImportError:
-        version = ""
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
-    threads = torch.get_num_threads()
-    return {"device": device, "machine": name, "threads": threads, "torch": torch.__version__,
-            "triton": version, "fxfib": fxfib.__version__}  # fmt: skip
+
+def read(output: Path) -> list[dict[str, str]]:
+    """Finished rows; a last line that an interruption cut off is none.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    if not output.exists() or not output.stat().st_size:
+        return []
+    with output.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise ValueError(f"{output} has other columns; name another --output")
+        return [row for row in reader if row["date"]]
+
+
+def write(output: Path, rows: list[dict[str, str]]) -> None:
+    """The whole file at once, or not at all."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_suffix(".part")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    partial.replace(output)
+
+
+def run(waiting: list[Case], rows: list[dict[str, str]], options: argparse.Namespace) -> None:
+    """Measure what has no row yet; every row is in the file as soon as it is known."""
+    from tqdm import tqdm
+
+    about = machine(options.device)
+    done = {(*(row[name] for name in CASE_COLUMNS), row["provider"]) for row in rows}
+    with options.output.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+
+        def keep(row: dict[str, Any]) -> None:
+            writer.writerow(row | about)
+            file.flush()
+            rows.append({name: str((row | about).get(name, "")) for name in COLUMNS})
+
+        if options.device == "cuda" and not any(row["operation"] == "ceiling" for row in rows):
+            import ceilings
+
+            for row in ceilings.measure(options.rounds):
+                keep(row)
+        for case in (bar := tqdm(waiting, desc="bench")):
+            bar.set_postfix_str(str(case))
+            known = PROVIDERS[case.operation].values()
+            names = [p.name for p in known if p.answers(case, options.device)]
+            names = [name for name in names if (*case.key, name) not in done]
+            for row in measure(case, names, options) if names else ():
+                keep(row)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what is missing in the CSV, then say which goals hold."""
-    from tqdm import tqdm
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--only", help="cases whose kind or share is this")
+    parser.add_argument("--quick", action="store_true", help="small matrices")
+    parser.add_argument("--only", nargs="*", default=[], help="cases that have all these words")
+    parser.add_argument("--force", action="store_true", help="measure finished cases again")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--limit", type=float, default=120.0, help="seconds for one call")
+    parser.add_argument("--limit", type=float, default=90.0, help="seconds for one call")
     parser.add_argument("--memory", type=float, default=12.0, help="GiB for one call")
+    parser.add_argument("--threads", type=int, help="of torch; what it takes if not given")
+    parser.add_argument("--no-peak", dest="peak", action="store_false", help="leave memory out")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--peak", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("bench: torch finds no CUDA device here; nothing was measured.", file=sys.stderr)
-        return 1
-    if options.peak:
-        name, kind, count, width, share = options.peak
-        print_peak(Case(kind, int(count), int(width), share), name, options.device)
-        return 0
-    options.seconds = {}
-    output = options.output or RESULTS / f"coloring_{options.device}.csv"
-    rows: list[dict[str, Any]] = []
-    if output.exists():
-        with output.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-    done = {(r["kind"], int(r["count"]), int(r["width"]), r["share"]) for r in rows}
-    waiting = [c for c in cases(options.quick) if c.key not in done]
-    if options.only:
-        waiting = [c for c in waiting if options.only in (c.kind, c.share)]
-    about = machine(options.device)
-    for case in (bar := tqdm(waiting, desc="coloring")):
-        bar.set_postfix_str(" ".join(map(str, case.key)))
-        rows += [{**row, **about} for row in measure(case, options)]
-        with output.with_suffix(".part").open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, restval="")
-            writer.writeheader()
-            writer.writerows(rows)
-        output.with_suffix(".part").replace(output)
     if options.device == "cuda":
-        gates.device_ceilings(RESULTS / "coloring_cuda_ceilings.csv", about)
-    print("\n".join(gates.summary(rows)))
+        if not torch.cuda.is_available():
+            print("bench: torch finds no CUDA device here; nothing was measured.", file=sys.stderr)
+            return 1
+        # Refuse rather than measure another path under this name.
+        os.environ["FXFIB_KERNELS"] = "triton"
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.output is None:
+        name = "cpu"
+        if options.device == "cuda":
+            name = "cuda_" + torch.cuda.get_device_name().replace(" ", "_")
+        options.output = RESULTS / f"coloring_{name}.csv"
+    waiting = cases(options.quick, options.device)
+    waiting = [case for case in waiting if set(options.only) <= set(case.key)]
+    try:
+        rows = read(options.output)
+    except ValueError as error:
+        print(f"bench: {error}.", file=sys.stderr)
+        return 1
+    if options.force:
+        again = {case.key for case in waiting}
+        rows = [row for row in rows if tuple(row[name] for name in CASE_COLUMNS) not in again]
+    write(options.output, rows)
+    run(waiting, rows, options)
+    print("\n".join(gates.summary(rows, options.device, RESULTS / "compile_cost.csv")))
     return 0
 
 
