@@ -96,6 +96,7 @@ class Analysis:
         self.traces: dict[Any, list[Block] | Barrier] = {}
         self._current: fx.Node | None = None
         self._constants: dict[fx.Node, torch.Tensor] = {}
+        self._copies: dict[fx.Node, torch.Tensor] = {}  # on the CPU, of tensors elsewhere
         self._is_constant: dict[fx.Node, bool] = {}
         self._arguments: dict[fx.Node, dict[str, Any]] = {}
         self.roundoff = unit_roundoff(self._dtype())
@@ -150,7 +151,16 @@ class Analysis:
         return self._is_constant[node]
 
     def constant(self, node: fx.Node) -> torch.Tensor:
-        """The tensor of a constant node."""
+        """The values of a constant node, on the CPU, where colors are decided."""
+        tensor = self.tensor(node)
+        if tensor.device.type == "cpu":
+            return tensor
+        if node not in self._copies:
+            self._copies[node] = tensor.cpu()
+        return self._copies[node]
+
+    def tensor(self, node: fx.Node) -> torch.Tensor:
+        """The tensor of a constant node, on its own device."""
         if node not in self._constants:
             if node.op == "get_attr":
                 result: Any = self.graph_module
@@ -158,7 +168,7 @@ class Analysis:
                     result = getattr(result, part)
                 result = result.detach()
             else:
-                args, kwargs = fx.map_arg((node.args, node.kwargs), self.constant)
+                args, kwargs = fx.map_arg((node.args, node.kwargs), self.tensor)
                 with torch.no_grad():
                     result = node.target(*args, **kwargs)  # type: ignore[operator]
             self._constants[node] = result

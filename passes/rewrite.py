@@ -173,7 +173,7 @@ class Rewriter:
         active = {a: r for a, r in axes.items() if not r.identity}
         if not active and plus is None:
             return self.new(node)
-        original = self.analysis.constant(node)
+        original = self.analysis.tensor(node)
         tensor = original
         if plus is not None:
             tensor = (tensor.to(torch.float64) + plus.to(tensor.device)).to(tensor.dtype)
@@ -204,7 +204,7 @@ class Rewriter:
         ]
         if suffix == "bias":
             # It trains where its weight does, and has its dtype, however the weight is computed.
-            weight = self.analysis.constant(node)
+            weight = self.analysis.tensor(node)
             tensor = tensor.to(weight.dtype).to(weight.device)
             prefix = str(node.target).rpartition(".")[0] if node.op == "get_attr" else ""
             name = f"{prefix}.bias" if prefix else f"{node.name}_bias"

@@ -203,3 +203,22 @@ def _reached(
             mask: Mask = np.zeros(analysis.shape(node)[axis], dtype=np.bool_)
             mask[coordinate] = True
             yield ref, mask
+
+
+def columns_read(weight: torch.Tensor, alive: Mask | None) -> Mask:
+    """Which input nodes a weight reads: those with an entry other than zero in a row of interest.
+
+    Args:
+        weight: ``[out, in, *kernel]``.
+        alive: the output nodes of interest; None: all.
+    """
+    rows = weight if alive is None or alive.all() else weight[torch.from_numpy(alive)]
+    few = rows[:8].flatten(2) if rows.ndim > 2 else rows[:8].unsqueeze(2)
+    read = (few != 0).any(2).any(0)
+    # A few rows tell of almost every column that it is read; the others are looked at as a whole.
+    rest = torch.nonzero(~read).squeeze(1)
+    if len(rest):
+        others = rows[:, rest]
+        others = others.flatten(2) if others.ndim > 2 else others.unsqueeze(2)
+        read[rest] = (others != 0).any(2).any(0)
+    return np.asarray(read.numpy())

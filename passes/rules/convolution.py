@@ -11,7 +11,7 @@ from torch import fx
 
 from fxfib.coloring import ONE, ZERO, Factor, Value, unique_rows
 from fxfib.passes.relations import Full, Keep, Move, Ref, Refine, Same
-from fxfib.passes.rules.base import Barrier, Mask, Rule, overloads, register
+from fxfib.passes.rules.base import Barrier, Mask, Rule, columns_read, overloads, register
 from fxfib.signature import ROUNDING_MULTIPLE, Form, collapse_columns
 
 if TYPE_CHECKING:
@@ -113,10 +113,11 @@ class Convolution(Rule):
                 analysis.constant(bias).to(torch.float64).numpy(), analysis.roundoff
             )
             analysis.relate(Same((node, axis), (bias, 0)))
-        if factor is not None and not offset_constants:
+        known = None if factor is None else factor.labels == ONE
+        if known is not None and known.any() and not offset_constants:
             # Seen through a border a constant is no bias; one with a column of zeros is not seen.
             read = (tensor != 0).flatten(3).any(3).any(1).reshape(-1).numpy()
-            analysis.relate(Keep((source, axis), (factor.labels == ONE) & read))
+            analysis.relate(Keep((source, axis), known & read))
         self.relate(analysis, node, source, weight, axis, tensor, transposed)
         return Value(analysis.shape(node), (), form)
 
@@ -235,6 +236,9 @@ class Convolution(Rule):
         tensor, groups = self.weight_of(analysis, node)
         axis = len(analysis.shape(bound["input"])) - (tensor.ndim - 2)
         alive = live.get((node, axis))
+        if groups == 1:
+            yield (bound["input"], axis), columns_read(tensor[0], alive)
+            return
         used = (tensor != 0).flatten(3).any(3)
         if alive is not None:
             used = used & torch.from_numpy(alive).reshape(groups, -1, 1)

@@ -11,7 +11,7 @@ from torch import fx
 
 from fxfib.coloring import Factor, Value, opened
 from fxfib.passes.relations import Full, Ref, Same
-from fxfib.passes.rules.base import Barrier, Mask, Rule, overloads, register
+from fxfib.passes.rules.base import Barrier, Mask, Rule, columns_read, overloads, register
 from fxfib.signature import Form, collapse_columns
 
 if TYPE_CHECKING:
@@ -85,8 +85,7 @@ class LinearMap(Rule):
         tensor = analysis.constant(weight)
         matrix = tensor if out == 0 else tensor.t()
         alive = live.get((node, len(analysis.shape(node)) - 1))
-        used = matrix if alive is None or alive.all() else matrix[torch.from_numpy(alive)]
-        yield (source, len(analysis.shape(source)) - 1), (used != 0).any(0).numpy()
+        yield (source, len(analysis.shape(source)) - 1), columns_read(matrix, alive)
         for axis in analysis.value(source).tracked_axes:
             if axis != len(analysis.shape(source)) - 1 and (node, axis) in live:
                 yield (source, axis), live[node, axis]
