@@ -48,8 +48,8 @@ def _close_tiles(
     r"""Pairs (left, right) of one tile, or of one vertical part of it.
 
     Follows :math:`\max_c (|x_{ic} - x_{kc}| - \rho_{ic} - \rho_{kc})` in float32, where
-    :math:`\rho` is half of eps and the bound.  Above the slack, which is more than rounding can
-    have moved it, the pair is apart; below minus the slack it is close; between, float64 decides.
+    :math:`\rho` is half of eps, the bound and the slack, which is more than rounding can have moved
+    it.  Above 0 the pair is apart; below twice the slack it is close; between, float64 decides.
     """
     PARTS: tl.constexpr = TILE // COLUMNS
     program = tl.program_id(0).to(tl.int64)
@@ -68,16 +68,16 @@ def _close_tiles(
     is_right = right < count
     left_group = tl.load(groups + first_row + left, mask=is_left, other=-1)
     right_group = tl.load(groups + first_row + right, mask=is_right, other=-2)
-    left_reach = tl.load(reach + first_row + left, mask=is_left, other=0.0)
-    right_reach = tl.load(reach + first_row + right, mask=is_right, other=0.0)
     left_slack = tl.load(slack + first_row + left, mask=is_left, other=0.0)
     right_slack = tl.load(slack + first_row + right, mask=is_right, other=0.0)
-    allowed = left_slack[:, None] + right_slack[None, :]
-    wanted = (left[:, None] < right[None, :]) & (left_group[:, None] == right_group[None, :])
+    left_reach = left_slack + tl.load(reach + first_row + left, mask=is_left, other=0.0)
+    right_reach = right_slack + tl.load(reach + first_row + right, mask=is_right, other=0.0)
 
-    excess = tl.full((TILE, COLUMNS), float("-inf"), tl.float32)
+    # Pairs that do not count are apart from the start, so that no mask stays in registers.
+    wanted = (left[:, None] < right[None, :]) & (left_group[:, None] == right_group[None, :])
+    excess = tl.where(wanted, float("-inf"), float("inf"))
     column = tl.full((), 0, tl.int64)
-    going = tl.max(tl.max(wanted.to(tl.int32), 1), 0) > 0
+    going = tl.min(tl.min(excess, 1), 0) <= 0.0
     while (column < width) & going:
         for step in tl.static_range(CHUNK):
             # Beyond the last column it is looked at again, which changes nothing.
@@ -95,28 +95,31 @@ def _close_tiles(
                 x_reach = x_reach + tl.load(wide + place + left, mask=is_left, other=0.0)
                 y_reach = y_reach + tl.load(wide + place + right, mask=is_right, other=0.0)
             gap = tl.abs(x[:, None] - y[None, :]) - (x_reach[:, None] + y_reach[None, :])
-            excess = tl.maximum(excess, gap)  # a NaN, from overflow, says nothing
+            excess = tl.maximum(excess, gap)
         column += CHUNK
-        open_pairs = wanted & (excess <= allowed)
-        going = tl.max(tl.max(open_pairs.to(tl.int32), 1), 0) > 0
+        going = tl.min(tl.min(excess, 1), 0) <= 0.0
 
-    words = _packed(wanted & (excess <= allowed), TILE, COLUMNS)
     word = part * (COLUMNS // 32) + tl.arange(0, COLUMNS // 32)
-    tl.store(found + tile * (TILE // 32) + word, tl.sum((words != 0).to(tl.int32), 0))
+    hits = tl.zeros((COLUMNS // 32,), tl.int32)
     # Words of tiles in which nothing was found are never read.
     if going:
+        words = _packed(excess <= 0.0, TILE, COLUMNS)
         place = (tile * (TILE // 32) + word)[None, :] * TILE + tl.arange(0, TILE)[:, None]
         tl.store(near + place, words)
-        tl.store(sure + place, _packed(wanted & (excess < -allowed), TILE, COLUMNS))
+        hits = tl.sum((words != 0).to(tl.int32), 0)
+        certain = excess < -2.0 * (left_slack[:, None] + right_slack[None, :])
+        tl.store(sure + place, _packed(certain, TILE, COLUMNS))
+    tl.store(found + tile * (TILE // 32) + word, hits)
 
 
 CLOSE_TILES = Tuned(
     _close_tiles,
     [
-        {"COLUMNS": 128, "CHUNK": 4, "num_warps": 8},
-        {"COLUMNS": 128, "CHUNK": 8, "num_warps": 8},
+        {"COLUMNS": 64, "CHUNK": 4, "num_warps": 8},
         {"COLUMNS": 64, "CHUNK": 4, "num_warps": 4},
-        {"COLUMNS": 64, "CHUNK": 8, "num_warps": 4},
+        {"COLUMNS": 128, "CHUNK": 4, "num_warps": 8},
+        {"COLUMNS": 128, "CHUNK": 4, "num_warps": 16},
+        {"COLUMNS": 128, "CHUNK": 8, "num_warps": 16},
         {"COLUMNS": 32, "CHUNK": 8, "num_warps": 4},
     ],
     {"COLUMNS": 128, "CHUNK": 4},
@@ -135,7 +138,7 @@ class Stack:
         values: float16, bfloat16 or float32; d times n numbers of each matrix, column after column.
         wide: float32, like `values`: what the bound adds in every entry; None for zero.
         reach: float32 [rows of all], half of eps plus the bound of the row.
-        slack: float32 [rows of all], more than float32 can have moved half of a pair.
+        slack: float32 [rows of all], finite: more than float32 can have moved half of a pair.
         groups: int32 [rows of all], only compared.
         relative: float32 [columns of all]; None for zero.
         matrices: int64 [matrices, 5]: where its values, rows and columns begin, n, d.
