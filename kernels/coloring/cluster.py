@@ -21,6 +21,13 @@ Edges = tuple[NDArray[np.signedinteger], NDArray[np.signedinteger]]
 
 _CACHED_ELEMENTS = 2**17
 _FEW_ROWS = 64
+# Where a larger share of the matrix of distances is of pairs that may be close, the matrix is made:
+# joining clusters in it costs the same for every pair.  A small matrix takes 256 MiB at most.
+_SMALL_MATRIX = 2**13
+_SMALL_SHARE = 1 / 40
+_LARGE_SHARE = 1 / 16
+# Distances of chosen pairs cost about six times as much a pair as those of all pairs.
+_FEW_EDGES = 1 / 16
 _PIVOTS = 8
 _ROUNDOFF = 2.0**-52
 # What the largest, the smallest and the largest absolute value of nothing are.
@@ -61,11 +68,18 @@ def bounded_clusters(rows: Rows, eps: float, groups: Ints, find: PairFinder | No
     clusters = components.copy()
     for part in dense:
         members = part[value_order(rows.values(part, slice(None)))]
-        clusters[members] = rows.count + members[dense_linkage(search, members)]
+        pairs = None
+        if edges is not None and (rows.has_bounds or len(edges[0]) < _FEW_EDGES * len(part) ** 2):
+            pairs = _pairs_among(rows.count, members, edges)
+        clusters[members] = rows.count + members[dense_linkage(search, members, pairs)]
     if sparse and edges is not None:
         members = np.concatenate(sparse)
         members = members[value_order(rows.values(members, slice(None)))]
-        clusters[members] = rows.count + members[_sparse_linkage(search, members, edges)]
+        left, right = _pairs_among(rows.count, members, edges)
+        distances = search.distances(members[left], members[right])
+        close = np.isfinite(distances)
+        joined = complete_linkage(len(members), left[close], right[close], distances[close])
+        clusters[members] = rows.count + members[joined]
     return clusters
 
 
@@ -82,14 +96,15 @@ def _by_density(
     sparse: list[Ints] = []
     dense: list[Ints] = []
     for part, number in zip(components, pairs[:-1].tolist(), strict=True):
-        many = len(part) > _FEW_ROWS and number > len(part) ** 2 // 8
+        share = _SMALL_SHARE if len(part) <= _SMALL_MATRIX else _LARGE_SHARE
+        many = len(part) > _FEW_ROWS and number > len(part) ** 2 * share
         (dense if many else sparse).append(part)
     return sparse, dense
 
 
-def _sparse_linkage(search: Closeness, members: Ints, edges: Edges) -> Ints:
-    """Complete linkage of the members by the pairs among them that are close."""
-    place = np.full(search.rows.count, -1)
+def _pairs_among(count: int, members: Ints, edges: Edges) -> tuple[Ints, Ints]:
+    """The edges between members, each once, as positions in `members`, the lower one first."""
+    place = np.full(count, -1)
     place[members] = np.arange(len(members))
     left, right = place[edges[0]], place[edges[1]]
     inside = (left >= 0) & (right >= 0)
@@ -97,10 +112,7 @@ def _sparse_linkage(search: Closeness, members: Ints, edges: Edges) -> Ints:
     # A window may list a pair twice.
     code = np.sort(np.minimum(left, right) * len(members) + np.maximum(left, right))
     code = code[np.diff(code, prepend=-1) > 0]
-    left, right = code // len(members), code % len(members)
-    distances = search.distances(members[left], members[right])
-    close = np.isfinite(distances)
-    return complete_linkage(len(members), left[close], right[close], distances[close])
+    return code // len(members), code % len(members)
 
 
 def _components(search: Closeness, groups: Ints) -> tuple[Ints, Edges | None]:

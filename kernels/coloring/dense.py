@@ -19,13 +19,16 @@ LARGEST_DENSE = 2**15
 
 _BLOCK_ROWS = 512
 
+Pairs = tuple[Ints, Ints]
 
-def dense_linkage(search: Closeness, members: Ints) -> Ints:
+
+def dense_linkage(search: Closeness, members: Ints, pairs: Pairs | None = None) -> Ints:
     """Complete linkage, ties as in `complete_linkage`.
 
     Args:
         search: what is close.
         members: int64 [m], rows in the order of their values.
+        pairs: positions in `members` of all pairs that may be close, each once; None: all pairs.
 
     Returns:
         int64 [m]: the first member of every member's cluster, as a position in `members`.
@@ -39,7 +42,11 @@ def dense_linkage(search: Closeness, members: Ints) -> Ints:
             f"than the {LARGEST_DENSE} whose distances fit in memory; use a smaller eps."
         )
     low = search.rows.values(members, slice(None)).astype(np.float64)
-    clusters = _Clusters(_distances(search, members, low), low)
+    if pairs is None:
+        table = _distances(search, members, low)
+    else:
+        table = _known_distances(search, members, pairs)
+    clusters = _Clusters(table, low)
     joined = np.arange(len(members))
     for start in range(len(members)):
         chain = [start] if joined[start] == start else []
@@ -116,6 +123,17 @@ class _Clusters:
             row[gone] = np.inf
             self._known_joins[here] = self._joins
         return row
+
+
+def _known_distances(search: Closeness, members: Ints, pairs: Pairs) -> Floats:
+    """As `_distances`, where it is known which pairs may be close."""
+    count = len(members)
+    table = np.full((count, count), np.inf, dtype=np.float32)
+    left, right = pairs
+    gap = search.distances(members[left], members[right])
+    table[left, right] = gap
+    table[right, left] = gap
+    return table
 
 
 def _distances(search: Closeness, members: Ints, values: Floats) -> Floats:
