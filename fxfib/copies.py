@@ -9,10 +9,11 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from fxfib.coloring import Labels
+from fxfib.equal_copies import equalize
 from fxfib.passes.forward import Analysis
 from fxfib.passes.layout import Layout
 from fxfib.passes.lift_layout import LiftLayout
-from fxfib.passes.relations import Even, Full, Move, Ref, Same
+from fxfib.passes.relations import Even, Full, Move, Ref, Same, SameSize
 
 
 class Copies:
@@ -30,6 +31,7 @@ class Copies:
         self.parent: dict[Ref, Ref] = {}
         self.frozen: set[Ref] = set()  # by the root of their class
         self.moves = [r for r in analysis.relations if isinstance(r, Move)]
+        self.equal = [r for r in analysis.relations if isinstance(r, SameSize)]
         for relation in analysis.relations:
             for ref in relation.refs:
                 self.find(ref)
@@ -58,6 +60,8 @@ class Copies:
         node, axis = ref
         if isinstance(axis, str) or self.analysis.is_constant(node):
             return False
+        if ref in self.analysis.heads.free:
+            return False
         return not self.analysis.value(node).tracked(axis)
 
     def length(self, ref: Ref) -> int:
@@ -70,7 +74,9 @@ class Copies:
     def layouts(self) -> dict[Ref, Layout]:
         """The layout of every axis."""
         while True:
+            self.freeze_equals()
             self.choose_factors()
+            self.freeze_equals()
             multiplicity = self.multiplicities()
             conflict = self.arrange(multiplicity)
             if conflict is None:
@@ -87,6 +93,17 @@ class Copies:
                 )
             result[ref] = shared[root]
         return result
+
+    def freeze_equals(self) -> None:
+        """Where one of several axes of equal width keeps its size, all do."""
+        again = True
+        while again:
+            again = False
+            for relation in self.equal:
+                roots = {self.find(ref) for ref in relation.refs}
+                if roots & self.frozen and not roots <= self.frozen:
+                    self.frozen |= roots
+                    again = True
 
     def choose_factors(self) -> None:
         """In every product of axes, one (the longest that is free) is copied."""
@@ -166,7 +183,17 @@ class Copies:
         times = 1 + generator.poisson(self.factor - 1.0, count)
         times = np.where(even, int(self.factor), times)
         times = np.where(fixed, 1, times)
+        stuck = equalize(
+            times,
+            [[component[positions(ref)] for ref in r.refs] for r in self.equal],
+            fixed | even,
+            generator,
+        )
         every = times[component]
+        if stuck is not None:
+            self.frozen |= {self.find(ref) for ref in self.equal[stuck].refs}
+            self.freeze_equals()
+            return self.multiplicities()
         return {root: every[begin : begin + self.length(root)] for root, begin in start.items()}
 
     def _hit(self, move: Move, source: tuple[Ref, ...], ref: Ref, positions: Any) -> Labels:

@@ -84,6 +84,17 @@ class Even:
 
 
 @dataclass(frozen=True, eq=False)
+class SameSize:
+    """Axes of equal length that need equally many slots, whichever nodes share them.
+
+    The layers of one recurrent module, the heads of one attention tensor: each has a partition of
+    its own, and one number says how wide they all are.
+    """
+
+    refs: tuple[Ref, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Move:
     """Elements are moved, not computed: view, permute, slice, concat, shuffle, roll ...
 
@@ -100,4 +111,4 @@ class Move:
         return self.out + tuple(ref for source in self.sources for ref in source)
 
 
-Relation = Same | Full | Refine | Keep | Even | Move
+Relation = Same | Full | Refine | Keep | Even | SameSize | Move

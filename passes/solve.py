@@ -13,7 +13,17 @@ import numpy as np
 import numpy.typing as npt
 
 from fxfib.coloring import Labels, first_appearance, project, unique_rows
-from fxfib.passes.relations import Even, Full, Keep, Move, Ref, Refine, Relation, Same
+from fxfib.passes.relations import (
+    Even,
+    Full,
+    Keep,
+    Move,
+    Ref,
+    Refine,
+    Relation,
+    Same,
+    SameSize,
+)
 
 Mask = npt.NDArray[np.bool_]
 
@@ -32,6 +42,7 @@ class Solver:
         initial: Callable[[Ref], tuple[Labels, Mask]],
     ) -> None:
         self.relations = [r for r in relations if not isinstance(r, Even)]
+        self.equal = [r.refs for r in self.relations if isinstance(r, SameSize)]
         self.ids: dict[Ref, Labels] = {}
         self.keep: dict[Ref, Mask] = {}
         self.reasons: dict[Ref, str] = {}
@@ -44,6 +55,9 @@ class Solver:
                     self.ids[ref] = first_appearance(labels)
                     self.keep[ref] = keep.copy()
                 self._of.setdefault(ref, []).append(relation)
+        for refs in self.equal:
+            if len({len(self.ids[ref]) for ref in refs}) > 1:
+                raise AssertionError(f"axes of different length cannot have one size: {refs}")
 
     def run(self, round_to: int | None = None) -> None:
         """Refine until nothing changes; then make every axis non-empty and round the widths up."""
@@ -55,8 +69,11 @@ class Solver:
             queue: deque[Relation] = deque()
             self._keep(emptied[0], _only(len(self.keep[emptied[0]]), 0), queue)
             self._settle(queue)
+        self._equalize()
         if round_to is not None and round_to > 1:
-            self._round(round_to)
+            # Each makes widths grow only, so they come to an end.
+            while self._round(round_to) and self._equalize():
+                pass
 
     def _settle(self, work: Iterable[Relation]) -> None:
         queue: deque[Relation] = deque(work)
@@ -93,6 +110,8 @@ class Solver:
                 self._keep(a, self.keep[a] | mask, queue)
             case Move():
                 self._move(relation, queue)
+            case SameSize():
+                pass  # only when all else is settled
 
     @staticmethod
     def _meet(a: Labels, b: Labels) -> Labels:
@@ -181,25 +200,44 @@ class Solver:
         """Slots of an axis: classes with at least one kept node."""
         return len(np.unique(self.ids[ref][self.keep[ref]]))
 
-    def _round(self, multiple: int) -> None:
-        """Split classes (largest first, then first) until widths are multiples, where possible."""
+    def _round(self, multiple: int) -> bool:
+        """Make widths multiples, where the original is wide enough; whether any grew."""
+        grown = False
         for ref in list(self.ids):
-            size = len(self.ids[ref])
-            goal = min(size, -(-self.classes(ref) // multiple) * multiple)
+            goal = min(len(self.ids[ref]), -(-self.classes(ref) // multiple) * multiple)
             while self.classes(ref) < goal:
-                ids, keep = self.ids[ref], self.keep[ref]
-                dropped = np.flatnonzero(~keep)
-                counts = np.bincount(ids[keep], minlength=int(ids.max()) + 1)
-                queue: deque[Relation] = deque()
-                if counts.max() > 1:
-                    member = np.flatnonzero((ids == counts.argmax()) & keep)[-1]
-                    split = ids.copy()
-                    split[member] = ids.max() + 1
-                    self._set(ref, split, queue)
-                else:
-                    self._set(ref, unique_rows(ids, _only(size, dropped[0])), queue)
-                    self._keep(ref, _only(size, dropped[0]), queue)
-                self._settle(queue)
+                self._grow(ref)
+                grown = True
+        return grown
+
+    def _equalize(self) -> bool:
+        """Make the widths of every ``SameSize`` equal to the largest; whether any grew."""
+        grown, again = False, True
+        while again:
+            again = False
+            for refs in self.equal:
+                goal = max(self.classes(ref) for ref in refs)
+                for ref in refs:
+                    while self.classes(ref) < goal:
+                        self._grow(ref)
+                        grown = again = True  # what it is tied to may be wider now
+        return grown
+
+    def _grow(self, ref: Ref) -> None:
+        """One slot more: split the largest class (of equal ones the first), or drop a node less."""
+        ids, keep = self.ids[ref], self.keep[ref]
+        counts = np.bincount(ids[keep], minlength=int(ids.max()) + 1)
+        queue: deque[Relation] = deque()
+        if counts.max() > 1:
+            member = np.flatnonzero((ids == counts.argmax()) & keep)[-1]
+            split = ids.copy()
+            split[member] = ids.max() + 1
+            self._set(ref, split, queue)
+        else:
+            back = _only(len(ids), np.flatnonzero(~keep)[0])
+            self._set(ref, unique_rows(ids, back), queue)
+            self._keep(ref, back, queue)
+        self._settle(queue)
 
 
 def _only(size: int, position: int) -> Mask:
