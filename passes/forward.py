@@ -16,8 +16,10 @@ import torch
 from torch import fx
 
 from fxfib.coloring import Factor, Floats, Value
+from fxfib.passes.heads import Heads, find_heads
 from fxfib.passes.relations import Full, Ref, Relation
 from fxfib.passes.rules import find_rule
+from fxfib.passes.rules.attention import color_root, flat_value
 from fxfib.passes.rules.base import Barrier, hint, is_tensor
 from fxfib.passes.rules.tracing import Block
 from fxfib.signature import color_form, unit_roundoff
@@ -92,6 +94,7 @@ class Analysis:
         self.gains: dict[fx.Node, list[tuple[fx.Node, Floats | None]]] = {}
         self.inner_sizes: dict[Ref, int] = {}  # of axes that exist only inside an op
         self.by_node: dict[fx.Node, list[Relation]] = {}
+        self.heads = Heads()
         # Where movement ops took the elements, or why nobody can say.
         self.traces: dict[Any, list[Block] | Barrier] = {}
         self._current: fx.Node | None = None
@@ -227,6 +230,7 @@ class Analysis:
 
     def run(self) -> Analysis:
         """Visit every node once."""
+        self.heads = find_heads(self)
         remaining = {node: len(node.users) for node in self.graph_module.graph.nodes}
         for node in self.graph_module.graph.nodes:
             self.visit(node)
@@ -273,6 +277,12 @@ class Analysis:
             node.meta.get("val"), (torch.Tensor, tuple, list)
         ):
             return  # arithmetic on sizes
+        if node in self.heads.carriers:
+            self._current = node
+            self.relate(*self.heads.relations.get(node, ()))
+            self.values[node] = flat_value(self, node) if is_tensor(node) else Value(())
+            self._current = None
+            return
         rule = find_rule(node)
         if rule is None:
             self.barrier(
@@ -283,6 +293,8 @@ class Analysis:
         self._current = node
         try:
             self.values[node] = rule.forward(self, node)
+            if node in self.heads.roots:
+                color_root(self, node)
         except Barrier as stop:
             del self.relations[before:]
             self.by_node.pop(node, None)
@@ -293,7 +305,7 @@ class Analysis:
         finally:
             self._current = None
         self._hold_the_rest(node)
-        if node in self.skip:
+        if node in self.skip and is_tensor(node):
             self.full(node, None, "the user asked to skip it")
 
     def _hold_the_rest(self, node: fx.Node) -> None:
@@ -337,6 +349,8 @@ def initial_layout(analysis: Analysis, live: Mapping[Ref, Any], ref: Ref) -> tup
     size = analysis.shape(node)[axis]
     value = analysis.value(node)
     factor = value.factor(axis)
+    if ref in analysis.heads.free:
+        return np.zeros(size, np.int64), np.zeros(size, dtype=bool)
     if factor is not None:
         # Of a joint coloring only what it says of this axis alone: that is what readers fold in.
         alone = factor.along(axis)

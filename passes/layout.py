@@ -116,6 +116,34 @@ class Take:
 
 
 @dataclass(frozen=True, eq=False)
+class Mixed:
+    """One map for some slots of a layout, another one for the others."""
+
+    layout: Layout
+    some: Reducer
+    others: Reducer
+    chosen: npt.NDArray[np.bool_]  # [full], alike for all members of a slot
+
+    @property
+    def full(self) -> int:
+        return self.layout.full
+
+    @property
+    def identity(self) -> bool:
+        return self.layout.identity
+
+    def apply(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
+        if self.identity:
+            return tensor
+        slots = torch.from_numpy(np.flatnonzero(self.chosen[self.layout.representative]))
+        slots = slots.to(tensor.device)
+        result = self.others.apply(tensor, axis).clone()
+        return result.index_copy_(
+            axis, slots, self.some.apply(tensor, axis).index_select(axis, slots)
+        )
+
+
+@dataclass(frozen=True, eq=False)
 class MergeLayout(Layout):
     """Many nodes, one slot."""
 

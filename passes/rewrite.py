@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from fxfib.coloring import Floats, constant_values
-from fxfib.passes.layout import Layout, Reducer
+from fxfib.passes.layout import Layout, Mixed, Reducer
 from fxfib.passes.plan import Plan
 from fxfib.passes.propagation import UnfitError, propagate
 from fxfib.passes.rules import find_rule
@@ -53,8 +53,13 @@ class Rewriter:
         return self.analysis.shape(node)[axis]
 
     def rows(self, node: fx.Node, axis: int) -> Reducer:
-        """The average over merged output nodes."""
-        return self.layout(node, axis).rows(self.plan.weights.get(node))
+        """The average over merged output nodes; the sum where heads contract over them."""
+        layout = self.layout(node, axis)
+        average = layout.rows(self.plan.weights.get(node))
+        summed = self.analysis.heads.summed.get(node)
+        if summed is None or axis != self.analysis.heads.roots[node] or not summed.any():
+            return average
+        return Mixed(layout, layout.columns(None), average, summed)
 
     def columns(self, node: fx.Node, axis: int | str) -> Reducer:
         """The sum over merged input nodes, their factors folded in."""

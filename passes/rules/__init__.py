@@ -8,6 +8,7 @@ __all__ = ["Rule", "all_rules", "find_rule", "overloads", "register"]
 from fxfib.passes.rules import (  # noqa: F401
     activation,
     arithmetic,
+    attention,
     batch_norm,
     concatenation,
     convolution,
@@ -20,6 +21,7 @@ from fxfib.passes.rules import (  # noqa: F401
     pairwise,
     parametric,
     pooling,
+    recurrent,
     reduction,
     slicing,
     softmax,

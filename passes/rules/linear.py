@@ -11,6 +11,7 @@ from torch import fx
 
 from fxfib.coloring import Factor, Value, opened
 from fxfib.passes.relations import Full, Ref, Same
+from fxfib.passes.rules.attention import multiply_values
 from fxfib.passes.rules.base import Barrier, Mask, Rule, columns_read, overloads, register
 from fxfib.signature import Form, collapse_columns
 
@@ -134,6 +135,24 @@ class MatrixProduct(LinearMap):
     """``x @ W[in, out]`` with a parameter on the right."""
 
     targets = overloads("matmul", "mm")
+
+    def forward(self, analysis: Analysis, node: fx.Node) -> Value:
+        source, weight, _, _ = self.operands(analysis, node)
+        if not analysis.is_constant(source) and not analysis.is_constant(weight):
+            return multiply_values(analysis, node)
+        return super().forward(analysis, node)
+
+    def reads(
+        self, analysis: Analysis, node: fx.Node, live: Mapping[Ref, Mask]
+    ) -> Iterator[tuple[Ref, Mask]]:
+        _, weight, _, _ = self.operands(analysis, node)
+        return super().reads(analysis, node, live) if analysis.is_constant(weight) else iter(())
+
+    def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
+        _, weight, _, _ = self.operands(rewriter.analysis, node)
+        if not rewriter.analysis.is_constant(weight):
+            return rewriter.repeat(node)
+        return super().rewrite(rewriter, node)
 
     def operands(
         self, analysis: Analysis, node: fx.Node

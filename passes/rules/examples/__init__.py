@@ -6,6 +6,7 @@ columns), a node that is a multiple of another, a constant, an unread one, and o
 its neighbours in the bias alone.  Near misses differ in one parameter of the op at one node.
 """
 
+from fxfib.passes.rules.examples.attention import attention
 from fxfib.passes.rules.examples.elementwise import binary, glu, overload_cases, prelu, unary
 from fxfib.passes.rules.examples.layers import convolution, embedding, linear
 from fxfib.passes.rules.examples.networks import CHANNELS, SHAPES, Example, Sandwich
@@ -23,6 +24,7 @@ __all__ = [
     "SHAPES",
     "Example",
     "Sandwich",
+    "attention",
     "axis_norm",
     "batch_norm",
     "binary",

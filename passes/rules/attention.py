@@ -1,0 +1,175 @@
+"""Products of two values, head by head: attention, fused or written out.
+
+In ``q k^T`` a sum runs over the channels of a head.  Where queries of a head are a fiber, their
+keys are summed instead of kept, so the contraction gets shorter (and the other way round); channels
+of values pass through the average over positions, into the columns of the layer behind.  Every head
+has its own partition, and all heads of one op the same size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from fxfib.coloring import FIRST_FREE, ZERO, Factor, Value, unique_rows
+from fxfib.passes.relations import Keep, Refine
+from fxfib.passes.rules.base import Barrier, Rule, overloads, register
+from fxfib.signature import color_form
+
+if TYPE_CHECKING:
+    from fxfib.passes.forward import Analysis
+    from fxfib.passes.rewrite import Rewriter
+
+REMEDY = (
+    "make query, key and value by linear layers of their own, with nothing but views before the "
+    "product and a view that joins the heads behind it"
+)
+
+
+def color_root(analysis: Analysis, node: fx.Node) -> None:
+    """Color the outputs of a layer that makes heads, while its rows are at hand."""
+    heads = analysis.heads
+    axis = heads.roots[node]
+    value = analysis.value(node)
+    form = value.form
+    analysis.relate(*heads.relations.get(node, ()))
+    factor = analysis.color(node).factor(axis)
+    assert factor is not None and len(factor.axes) == 1
+    heads.colors[node] = factor
+    rest = [a for a in value.tracked_axes if a != axis]
+    analysis.full(node, rest, "heads are cut from it, and these axes are not followed")
+    size = len(factor.labels)
+    heads.summed[node] = np.zeros(size, dtype=bool)
+    if any(c.right.root is node and c.softmax for c in heads.contractions.values()):
+        # What is added to all keys is added to all scores of a query: softmax does not see it.
+        zero = np.zeros(size)
+        bare = replace(form, offset=zero, offset_bound=zero)
+        heads.unshifted[node] = color_form(
+            bare, size, analysis.eps, analysis.criterion, analysis.roundoff
+        )
+
+
+def multiply_values(analysis: Analysis, node: fx.Node) -> Value:
+    """Forward of a product of two values.
+
+    Raises:
+        Barrier: its operands are not heads made by linear layers.
+    """
+    heads = analysis.heads
+    contraction, passage = heads.contractions.get(node), heads.passages.get(node)
+    reasons = heads.reasons.get(node, ["its operands are computed"])
+    if contraction is None and passage is None:
+        raise Barrier(reasons[0], REMEDY)
+    roles = [role for role in (contraction, passage) if role is not None]
+    followed = {operand.node for role in roles for operand in role.operands}
+    for source in node.all_input_nodes:
+        if source not in followed and not analysis.is_constant(source):
+            axes = analysis.value(source).tracked_axes
+            analysis.full(source, axes, "it meets heads, and is not made of them")
+    analysis.relate(*heads.relations.get(node, ()))
+    if contraction is not None:
+        _contract(analysis, contraction)
+    if passage is not None:
+        _pass(analysis, passage)
+    if node in heads.reasons:
+        analysis.refuse(node, reasons[0], REMEDY)
+    return flat_value(analysis, node)
+
+
+def _contract(analysis: Analysis, contraction: Any) -> None:
+    """Per head, merge by the side with fewer fibers and sum what the other side has there."""
+    heads = analysis.heads
+    left_root, right_root = contraction.left.root, contraction.right.root
+    left = heads.colors[left_root]
+    right = heads.unshifted[right_root] if contraction.softmax else heads.colors[right_root]
+    left_keyed, right_keyed = left.keyed(), right.keyed()
+    for ref, (key, queries) in zip(contraction.refs(), contraction.pairs, strict=True):
+        by_left = unique_rows(*(left_keyed[row] for row in queries))
+        by_right = right_keyed[key]
+        nothing = (right.labels[key] == ZERO) | (left.labels[queries] == ZERO).all(0)
+        fewer = len(np.unique(by_right[~nothing])) < len(np.unique(by_left[~nothing]))
+        analysis.relate(Refine(ref, by_right if fewer else by_left), Keep(ref, ~nothing))
+        if fewer:
+            heads.summed[left_root][queries] = True
+        else:
+            heads.summed[right_root][key] = True
+
+
+def _separate(factor: Factor) -> Any:
+    """Labels that tell constants of different values apart (no constant passes an average)."""
+    return unique_rows(factor.labels, np.where(factor.labels < FIRST_FREE, factor.scales, 1.0))
+
+
+def _pass(analysis: Analysis, passage: Any) -> None:
+    """Equal channels of a head stay equal; zeros stay zeros."""
+    factor = analysis.heads.colors[passage.value.root]
+    labels = _separate(factor)
+    for ref, row in zip(passage.refs(), passage.rows, strict=True):
+        analysis.relate(Refine(ref, labels[row]), Keep(ref, factor.labels[row] != ZERO))
+
+
+def flat_value(analysis: Analysis, node: fx.Node) -> Value:
+    """What is known of a node that heads come through: colors where they lie end to end."""
+    passage = analysis.heads.flats.get(node)
+    shape = analysis.shape(node)
+    if passage is None:
+        return Value(shape)
+    factor = analysis.heads.colors[passage.value.root]
+    rows = passage.rows[passage.blocks]
+    # Blocks that share a head of values differ in the scores they average by.
+    block = np.repeat(np.arange(len(rows)), rows.shape[1])
+    channels = rows.reshape(-1)
+    labels = unique_rows(_separate(factor)[channels], block) + FIRST_FREE
+    labels = np.where(factor.labels[channels] == ZERO, ZERO, labels)
+    scales = np.where(factor.constant, 1.0, factor.scales)[channels]
+    space = ("heads", passage.core.name, factor.space)
+    return Value(shape, (Factor((passage.flat_axis,), labels, scales, space),))
+
+
+class ProductOfValues(Rule):
+    """A product of two values of the network."""
+
+    def forward(self, analysis: Analysis, node: fx.Node) -> Value:
+        return multiply_values(analysis, node)
+
+
+@register
+class Attention(ProductOfValues):
+    """``softmax(q k^T * scale + mask) v``: the scale stays that of the original head size."""
+
+    targets = overloads("scaled_dot_product_attention")
+
+    def examples(self) -> Iterable[Any]:
+        from fxfib.passes.rules import examples
+
+        return examples.attention(("fused",))
+
+    def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
+        analysis = rewriter.analysis
+        bound = analysis.arguments(node)
+        depth = analysis.shape(bound["query"])[-1]
+        changed: dict[str, Any] = {}
+        contraction = analysis.heads.contractions.get(node)
+        size = depth
+        if contraction is not None:
+            size = rewriter.layout(*contraction.refs()[0]).size
+        if bound["scale"] is None and size != depth:
+            changed["scale"] = depth**-0.5
+        return rewriter.repeat(node, changed=changed)
+
+
+@register
+class BatchedProduct(ProductOfValues):
+    """``bmm`` and ``baddbmm``: attention written out."""
+
+    targets = (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default)
+
+    def examples(self) -> Iterable[Any]:
+        from fxfib.passes.rules import examples
+
+        return examples.attention(("bmm", "baddbmm"))
