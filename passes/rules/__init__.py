@@ -21,7 +21,6 @@ from fxfib.passes.rules import (  # noqa: F401
     pairwise,
     parametric,
     pooling,
-    recurrent,
     reduction,
     slicing,
     softmax,
