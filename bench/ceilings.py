@@ -27,10 +27,12 @@ def _close_in_tiles(columns, found, count, width, eps, BLOCK: tl.constexpr):
     down = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     across = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     widest = tl.zeros((BLOCK, BLOCK), tl.float32)
-    for column in range(width):
+    column = 0
+    while column < width:  # the interpreter of triton 3.6 takes no argument for a range
         left = tl.load(columns + column * count + down)
         right = tl.load(columns + column * count + across)
         widest = tl.maximum(widest, tl.abs(left[:, None] - right[None, :]))
+        column += 1
     close = tl.sum(tl.sum((widest <= eps).to(tl.int32), axis=1), axis=0)
     tl.store(found + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), close)
 
