@@ -5,7 +5,7 @@ combination of their columns differs by at most the combined distance.  So sort 
 and look only at neighbours whose intervals overlap: no pair is missed, no n^2 memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,8 @@ from fxfib.kernels.coloring.rows import Floats, Ints, Rows
 PAIRS_AT_ONCE = 2**19
 # Fewer rows than this are not worth a bitmap.
 FEW_ROWS = 256
+# Columns that are cut into cells: every one makes half as many entries again.
+_MOST_CELLS = 3
 _ROUNDOFF = 2.0**-52
 
 
@@ -74,29 +76,39 @@ def interval_window(centers: Floats, radii: Floats, groups: Ints) -> Window:
     return Window(order, ends[order])
 
 
-def grid_window(
-    first: tuple[Floats, Floats], second: tuple[Floats, Floats], groups: Ints
-) -> Window | None:
-    """Pairs of one group whose intervals overlap in both of two columns; None: too uneven for it.
+def grid_window(intervals: Sequence[tuple[Floats, Floats]], groups: Ints) -> Window | None:
+    """Pairs of one group whose intervals overlap in every column; None: too uneven for it.
 
-    The first column is cut into cells, and a row enters every cell that its interval meets: two
-    intervals that overlap do so in a cell that both meet.  The second column is swept inside each.
-    A pair that meets in two cells is listed twice.
+    All columns but the last are cut into cells, and a row enters every cell that its intervals
+    meet: two rows that overlap do so in a cell that both enter.  The last column is swept inside
+    each.  A pair that meets in two cells is listed twice.
+
+    Args:
+        intervals: float64 centers and radii, [n] each, of at least two columns.
+        groups: int64 [n].
     """
-    low, high = _padded(*first)
-    width = max(2 * float((high - low).mean()), float((high - low).max()) / 4)
-    start = float(low.min())
-    if float(high.max()) - start > 2.0**40 * width:
-        return None
-    cells = np.floor((low - start) / width).astype(np.int64)
-    met = np.floor((high - start) / width).astype(np.int64) - cells + 1
-    entries = np.repeat(np.arange(len(low)), met)
-    cell = cells[entries] + np.arange(len(entries)) - np.repeat(np.cumsum(met) - met, met)
-    keys = cell
+    entries = np.arange(len(groups))
+    keys = np.zeros(len(groups), dtype=np.int64)
+    cells = 1
     if groups.min() != groups.max():
-        _, compact = np.unique(groups, return_inverse=True)
-        keys = compact[entries] + (int(compact.max()) + 1) * cell
-    window = interval_window(second[0][entries], second[1][entries], keys)
+        _, keys = np.unique(groups, return_inverse=True)
+        cells = int(keys.max()) + 1
+    for interval in intervals[:-1]:
+        low, high = _padded(*interval)
+        width = max(2 * float((high - low).mean()), float((high - low).max()) / 4)
+        start = float(low.min())
+        across = (float(high.max()) - start) / width + 1
+        if not across * cells < 2.0**40:
+            return None
+        first = np.floor((low - start) / width).astype(np.int64)
+        met = np.floor((high - start) / width).astype(np.int64) - first + 1
+        copies = met[entries]
+        starts = np.repeat(np.cumsum(copies) - copies, copies)
+        entries, keys = np.repeat(entries, copies), np.repeat(keys, copies)
+        keys = keys + cells * (first[entries] + np.arange(len(entries)) - starts)
+        cells *= int(across) + 1
+    centers, radii = intervals[-1]
+    window = interval_window(centers[entries], radii[entries], keys)
     return Window(entries[window.order], window.ends)
 
 
@@ -123,19 +135,26 @@ def telling_columns(rows: Rows, eps: float, limit: int) -> Ints:
 def candidates(rows: Rows, eps: float, groups: Ints, columns: Ints) -> Window | BitMap:
     """The narrowest of a few windows; `columns` are the most telling ones, best first.
 
-    One column is enough for ordinary weights at a small eps, two reach further.  Weights that take
-    few values (pruned, ternary) tie in every single column, and a combination of many columns tells
-    them apart.  Where no window is narrow, bits rule the pairs out.
+    One column is enough for ordinary weights at a small eps, several reach further.  Weights that
+    take few values (pruned, ternary) tie in every single column, and a combination of many columns
+    tells them apart.  Where no window is narrow, bits rule the pairs out.
     """
     first = _coordinate(rows, eps, columns[0])
     best = interval_window(*first, groups)
     few = 4 * rows.count
     if best.size() > few and len(columns) > 1:
-        grid = grid_window(first, _coordinate(rows, eps, columns[1]), groups)
+        # As many columns as would do if each ruled out its part of the pairs by itself; one that
+        # is cut into cells lists the others about twice.
+        share = 2 * best.size() / (rows.count * (rows.count - 1) / 2)
+        needed = np.log(few / best.size()) / np.log(share) if share < 1 else _MOST_CELLS
+        more = columns[1 : 1 + max(1, min(int(np.ceil(needed)), _MOST_CELLS))]
+        grid = grid_window([first, *(_coordinate(rows, eps, c) for c in more)], groups)
         if grid is not None and grid.size() < best.size():
             best = grid
+    # A combination reads many columns of all rows, as comparing that many pairs would.
+    enough = max(few, rows.count * rows.width // 32)
     for chosen in (columns, slice(None)):
-        if best.size() <= few:
+        if best.size() <= enough:
             break
         window = interval_window(*_combination(rows, eps, chosen), groups)
         if window.size() < best.size():
