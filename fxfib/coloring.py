@@ -152,12 +152,18 @@ class Value:
             positions are distinct.
         form: the affine form of the nodes of one axis, not yet turned into colors
             (:class:`fxfib.signature.Form`); its axis is in no factor until it is colored.
+        parts: what is known of each output of an op with several.
+        inner: colorings of axes that exist only inside the op, by their names.
+        read: of an axis, the positions that anybody reads; colors of other axes say nothing of the
+            rest.
     """
 
     shape: tuple[int, ...]
     factors: tuple[Factor, ...] = ()
     form: Any = None
-    parts: tuple[Value, ...] | None = field(default=None)  # of an op with several outputs
+    parts: tuple[Value, ...] | None = field(default=None)
+    inner: dict[str, Factor] = field(default_factory=dict)
+    read: dict[int, npt.NDArray[np.bool_]] = field(default_factory=dict)
 
     @property
     def ndim(self) -> int:

@@ -44,6 +44,9 @@ class Copies:
         for relation in analysis.relations:
             if isinstance(relation, Full):
                 self.frozen.add(self.find(relation.a))
+        for relation in self.equal:
+            # They stay smaller than what grows.
+            self.frozen |= {self.find(ref) for ref in relation.above}
         self.root_number = {
             root: k for k, root in enumerate(dict.fromkeys(self.find(r) for r in self.parent))
         }

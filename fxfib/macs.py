@@ -24,6 +24,7 @@ _TRANSPOSED = {
     aten.conv_transpose2d.input,
     aten.conv_transpose3d.input,
 }
+_RECURRENT = {aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input}
 
 
 def _shape(node: Any) -> tuple[int, ...]:
@@ -31,13 +32,19 @@ def _shape(node: Any) -> tuple[int, ...]:
 
 
 def macs_of(graph_module: fx.GraphModule) -> int:
-    """Multiply-accumulates of linear, convolution, matrix-product and attention ops.
+    """Multiply-accumulates of linear, convolution, recurrent, matrix-product and attention ops.
 
     Element-wise work is not counted, as is usual.  Where the batch size is dynamic the example's
     counts; the caller divides.
     """
     total = 0
     for node in graph_module.graph.nodes:
+        if node.target in _RECURRENT:
+            # Every step multiplies by every weight once.
+            steps = math.prod(_shape(node.args[0])[:2])
+            flat = node.args[2]
+            weights = [shape for shape in map(_shape, flat) if len(shape) == 2]
+            total += steps * sum(map(math.prod, weights))
         if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
             continue
         out = math.prod(_shape(node))

@@ -22,7 +22,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fxfib.coloring import FIRST_FREE, Factor, Floats, Labels, unique_rows, with_constants
+from fxfib.coloring import (
+    FIRST_FREE,
+    Factor,
+    Floats,
+    Labels,
+    first_appearance,
+    unique_rows,
+    with_constants,
+)
 from fxfib.kernels import collapse, color
 
 # Two sums of stored numbers are called equal when they differ by no more than this many unit
@@ -275,23 +283,11 @@ def color_form(form: Form, size: int, eps: float, criterion: str, roundoff: floa
     axis, space = form.axis, ("colored", form.space, id(form))
     if size == 0:
         return Factor((axis,), np.zeros(0, np.int64), np.zeros(0), space)
-    rows = form.rows
     constant = zero_rows(form)
     # A constant that is zero but for rounding is the zero: padding and products keep that one.
     none = constant & (np.abs(form.offset) <= form.offset_bound)
     form = replace(form, offset=np.where(none, 0.0, form.offset)) if none.any() else form
-    table = rows if rows.dtype == torch.float64 else rows.to(torch.float32)
-    bound = form.rows_bound
-    relative = None if form.relative is None else torch.from_numpy(form.relative)
-    if np.any(form.offset) or form.offset_bound.any():
-        table = torch.cat([table, torch.from_numpy(form.offset).unsqueeze(1)], 1)
-        if relative is not None:
-            relative = torch.cat([relative, torch.zeros(1, dtype=torch.float64)])
-        if bound is not None or form.offset_bound.any():
-            last = torch.from_numpy(form.offset_bound).unsqueeze(1)
-            bound = dense_bound(form)
-            bound = torch.cat([bound, last.to(bound.dtype)], 1)
-    match = None if form.must_match is None else torch.from_numpy(form.must_match)
+    table, bound, relative, match = _table(form)
     # Step one: equal rows.  Members of one color then share one scale exactly, whatever rounding.
     exact = color(table, 0.0, criterion, must_match=match, bound=bound, relative=relative)
     equal = exact.labels.numpy()
@@ -315,6 +311,37 @@ def color_form(form: Form, size: int, eps: float, criterion: str, roundoff: floa
     scales = nearby_short(heads.scales.numpy(), tolerance)[equal]
     labels, scales = with_constants(labels, scales, constant, form.offset)
     return Factor((axis,), labels, scales, space)
+
+
+def _table(
+    form: Form,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """What is compared: rows with their offsets, bound, relative bound, what must match."""
+    rows = form.rows
+    table = rows if rows.dtype == torch.float64 else rows.to(torch.float32)
+    bound = form.rows_bound
+    relative = None if form.relative is None else torch.from_numpy(form.relative)
+    if np.any(form.offset) or form.offset_bound.any():
+        table = torch.cat([table, torch.from_numpy(form.offset).unsqueeze(1)], 1)
+        if relative is not None:
+            relative = torch.cat([relative, torch.zeros(1, dtype=torch.float64)])
+        if bound is not None or form.offset_bound.any():
+            last = torch.from_numpy(form.offset_bound).unsqueeze(1)
+            bound = dense_bound(form)
+            bound = torch.cat([bound, last.to(bound.dtype)], 1)
+    match = None if form.must_match is None else torch.from_numpy(form.must_match)
+    return table, bound, relative, match
+
+
+def plain_labels(form: Form, eps: float, criterion: str) -> Labels:
+    """Labels 0, 1, ... of nodes with equal rows and offsets; neither scales nor constants."""
+    if len(form.offset) == 0:
+        return np.zeros(0, np.int64)
+    table, bound, relative, match = _table(form)
+    # Other criteria know directions; what follows here is not homogeneous, so equal means equal.
+    chosen = criterion if eps > 0 else "fibration"
+    found = color(table, eps, chosen, must_match=match, bound=bound, relative=relative)
+    return first_appearance(found.labels.numpy())
 
 
 def zero_rows(form: Form) -> npt.NDArray[np.bool_]:

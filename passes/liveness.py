@@ -61,6 +61,8 @@ def live_nodes(analysis: Analysis) -> dict[Ref, Mask]:
                             mark(source, axis)
             continue
         said = dict(rule.reads(analysis, node, live))
+        # Of axes inside the op only the op itself can tell.
+        live.update({ref: mask for ref, mask in said.items() if isinstance(ref[1], str)})
         for source in node.all_input_nodes:
             if is_tensor(source):
                 for axis in analysis.value(source).tracked_axes:

@@ -55,7 +55,8 @@ def make_plan(analysis: Analysis, round_to: int | None = None) -> Plan:
     """
     guard_shared_parameters(analysis)
     live = live_nodes(analysis)
-    solver = Solver(analysis.relations, lambda ref: initial_layout(analysis, live, ref))
+    inner = [Keep(ref, mask) for ref, mask in live.items() if isinstance(ref[1], str)]
+    solver = Solver([*analysis.relations, *inner], lambda ref: initial_layout(analysis, live, ref))
     solver.run(round_to)
     layouts: dict[Ref, Layout] = {
         ref: merge_layout(ids, solver.keep[ref]) for ref, ids in solver.ids.items()

@@ -89,9 +89,14 @@ class SameSize:
 
     The layers of one recurrent module, the heads of one attention tensor: each has a partition of
     its own, and one number says how wide they all are.
+
+    Attributes:
+        refs: the axes.
+        above: shorter axes that must have fewer slots (the projection of an LSTM).
     """
 
     refs: tuple[Ref, ...]
+    above: tuple[Ref, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

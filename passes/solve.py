@@ -42,7 +42,7 @@ class Solver:
         initial: Callable[[Ref], tuple[Labels, Mask]],
     ) -> None:
         self.relations = [r for r in relations if not isinstance(r, Even)]
-        self.equal = [r.refs for r in self.relations if isinstance(r, SameSize)]
+        self.equal = [r for r in self.relations if isinstance(r, SameSize)]
         self.ids: dict[Ref, Labels] = {}
         self.keep: dict[Ref, Mask] = {}
         self.reasons: dict[Ref, str] = {}
@@ -55,9 +55,12 @@ class Solver:
                     self.ids[ref] = first_appearance(labels)
                     self.keep[ref] = keep.copy()
                 self._of.setdefault(ref, []).append(relation)
-        for refs in self.equal:
-            if len({len(self.ids[ref]) for ref in refs}) > 1:
-                raise AssertionError(f"axes of different length cannot have one size: {refs}")
+        for equal in self.equal:
+            lengths = {len(self.ids[ref]) for ref in equal.refs}
+            if len(lengths) > 1:
+                raise AssertionError(f"axes of different length cannot have one size: {equal}")
+            if any(len(self.ids[ref]) >= min(lengths) for ref in equal.above):
+                raise AssertionError(f"an axis cannot have fewer slots than a shorter one: {equal}")
 
     def run(self, round_to: int | None = None) -> None:
         """Refine until nothing changes; then make every axis non-empty and round the widths up."""
@@ -215,9 +218,12 @@ class Solver:
         grown, again = False, True
         while again:
             again = False
-            for refs in self.equal:
-                goal = max(self.classes(ref) for ref in refs)
-                for ref in refs:
+            for equal in self.equal:
+                goal = max(
+                    max(self.classes(ref) for ref in equal.refs),
+                    max((self.classes(ref) + 1 for ref in equal.above), default=0),
+                )
+                for ref in equal.refs:
                     while self.classes(ref) < goal:
                         self._grow(ref)
                         grown = again = True  # what it is tied to may be wider now

@@ -21,6 +21,7 @@ from fxfib.passes.rules import (  # noqa: F401
     pairwise,
     parametric,
     pooling,
+    recurrent,
     reduction,
     slicing,
     softmax,

@@ -17,6 +17,7 @@ from fxfib.passes.rules.examples.norms import (
     instance_norm,
     softmax,
 )
+from fxfib.passes.rules.examples.recurrent import recurrent
 from fxfib.passes.rules.examples.shapes import concatenation, movement, padding, pooling, reduction
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "padding",
     "pooling",
     "prelu",
+    "recurrent",
     "reduction",
     "softmax",
     "unary",

@@ -1,0 +1,145 @@
+"""Recurrent layers: hidden nodes merge where all gates agree, in every layer and direction."""
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxfib
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "deep": {"num_layers": 2},
+    "both_ways": {"num_layers": 2, "bidirectional": True, "batch_first": True},
+    "no_bias": {"bias": False},
+}
+KINDS: dict[str, tuple[type[nn.RNNBase], dict[str, Any]]] = {
+    "lstm": (nn.LSTM, {}),
+    "gru": (nn.GRU, {}),
+    "tanh": (nn.RNN, {}),
+    "relu": (nn.RNN, {"nonlinearity": "relu"}),
+}
+INPUT = torch.randn(5, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+class Reader(nn.Module):
+    """``linear -> recurrent -> linear``, the last one on all steps or on a last state."""
+
+    def __init__(self, kind: type[nn.RNNBase], read: str = "steps", **options: Any) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 10)
+        self.layer = kind(10, 8, **options)  # type: ignore[arg-type]
+        width = options.get("proj_size", 0) or 8
+        if read == "steps" and options.get("bidirectional"):
+            width *= 2
+        self.last = nn.Linear(8 if read == "cells" else width, 3)
+        self.read = read
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps, state = self.layer(self.first(x).relu())
+        hidden, cells = state if isinstance(self.layer, nn.LSTM) else (state, None)
+        value = {"steps": steps, "state": hidden, "last": hidden[-1], "cells": cells}[self.read]
+        found: Tensor = self.last(value)
+        return found
+
+
+def size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def back(model: nn.Module, x: Tensor = INPUT) -> nn.Module:
+    """Lifted and compiled: as small as before, the same function."""
+    model = model.double().eval()
+    wide = fxfib.lift(model, 1.5, example_inputs=(x,), seed=1)
+    assert size(wide) > size(model)
+    small = fxfib.compile(wide, 0.0, example_inputs=(x,))
+    assert size(small) <= size(model)
+    torch.testing.assert_close(small(x), model(x), rtol=1e-9, atol=1e-9)
+    return small
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_lifted_layers_come_back(kind: str, options: str) -> None:
+    cls, extra = KINDS[kind]
+    torch.manual_seed(1)
+    model = Reader(cls, **extra, **OPTIONS[options])
+    small = back(model)
+    assert type(small.get_submodule("layer")) is cls
+
+
+@pytest.mark.parametrize("read", ["state", "last", "cells"])
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_last_states_are_read(kind: str, read: str) -> None:
+    if (kind, read) == ("gru", "cells"):
+        pytest.skip("a GRU has no cells")
+    torch.manual_seed(2)
+    back(Reader(KINDS[kind][0], read, num_layers=2))
+
+
+@pytest.mark.parametrize("read", ["steps", "last", "cells"])
+def test_projected_lstm(read: str) -> None:
+    torch.manual_seed(3)
+    small = back(Reader(nn.LSTM, read, proj_size=5))
+    layer = small.get_submodule("layer")
+    assert isinstance(layer, nn.LSTM)
+    assert (layer.hidden_size, layer.proj_size) == (8, 5)
+
+
+class Streamed(nn.Module):
+    """The initial state is an input: its nodes are whatever the caller gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.last = nn.GRU(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        steps, state = self.layer(x, state)
+        return self.last(steps), state
+
+
+def test_a_given_state_is_kept_and_the_report_says_so() -> None:
+    torch.manual_seed(4)
+    model = Streamed().double().eval()
+    with torch.no_grad():
+        for parameter in model.layer.parameters():
+            for first in range(0, len(parameter), 8):
+                parameter[first + 1] = parameter[first]
+    inputs = (INPUT, torch.randn(1, 4, 8, dtype=torch.float64))
+    small = fxfib.compile(model, 0.0, example_inputs=inputs)
+    layer = small.get_submodule("layer")
+    assert isinstance(layer, nn.GRU) and layer.hidden_size == 8
+    for ours, theirs in zip(small(*inputs), model(*inputs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert any("initial state" in refusal.reason for refusal in small.report.refusals)
+
+
+def test_onnx_holds_one_lstm_node_of_the_small_size(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    model = Reader(nn.LSTM).eval()
+    x = INPUT.float()
+    wide = fxfib.lift(model, 2.0, example_inputs=(x,), seed=1)
+    small = fxfib.compile(wide, 0.0, example_inputs=(x,))
+    path = tmp_path / "small.onnx"
+    fxfib.export_onnx(small, path, (x,))
+    nodes = [node for node in onnx.load(path).graph.node if node.op_type == "LSTM"]
+    assert len(nodes) == 1
+    (hidden,) = [a.i for a in nodes[0].attribute if a.name == "hidden_size"]
+    assert hidden == 8
+
+
+def test_nearly_equal_nodes_merge_within_eps_only() -> None:
+    torch.manual_seed(6)
+    model = Reader(nn.LSTM).double().eval()
+    with torch.no_grad():
+        for parameter in model.layer.parameters():
+            for first in range(0, len(parameter), 8):
+                parameter[first + 1] = parameter[first]
+        model.layer.get_parameter("bias_ih_l0")[1] += 1e-3
+    exact = fxfib.compile(model, 0.0, example_inputs=(INPUT,))
+    near = fxfib.compile(model, 1e-2, example_inputs=(INPUT,))
+    assert [m.get_submodule("layer").hidden_size for m in (exact, near)] == [8, 7]
+    torch.testing.assert_close(near(INPUT), model(INPUT), rtol=1e-2, atol=1e-2)
