@@ -115,7 +115,6 @@ class Recurrent(Rule):
     """A whole recurrent module: one partition for each layer and direction, all equally wide."""
 
     kind: ClassVar[Kind]
-    modes: ClassVar[tuple[str, ...]]
 
     # -- operands --------------------------------------------------------------------------
 
@@ -383,7 +382,7 @@ class Recurrent(Rule):
     def examples(self) -> Iterable[Any]:
         from fxfib.passes.rules import examples
 
-        return examples.recurrent(self.modes)
+        return examples.recurrent(("LSTM", "GRU", "tanh", "relu"))
 
 
 def smaller(
@@ -428,7 +427,6 @@ class LongShortTermMemory(Recurrent):
 
     targets = (aten.lstm.input,)
     kind = LSTM
-    modes = ("LSTM",)
 
 
 @register
@@ -437,7 +435,6 @@ class GatedRecurrentUnit(Recurrent):
 
     targets = (aten.gru.input,)
     kind = GRU
-    modes = ("GRU",)
 
 
 @register
@@ -446,4 +443,3 @@ class PlainRecurrent(Recurrent):
 
     targets = (aten.rnn_tanh.input, aten.rnn_relu.input)
     kind = RNN
-    modes = ("tanh", "relu")

@@ -110,11 +110,12 @@ def test_a_given_state_is_kept_and_the_report_says_so() -> None:
                 parameter[first + 1] = parameter[first]
     inputs = (INPUT, torch.randn(1, 4, 8, dtype=torch.float64))
     small = fxfib.compile(model, 0.0, example_inputs=inputs)
+    report = small.fibration
     layer = small.get_submodule("layer")
     assert isinstance(layer, nn.GRU) and layer.hidden_size == 8
     for ours, theirs in zip(small(*inputs), model(*inputs), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-    assert any("initial state" in refusal.reason for refusal in small.report.refusals)
+    assert any("initial state" in refusal.reason for refusal in report.refusals)
 
 
 def test_onnx_holds_one_lstm_node_of_the_small_size(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Recurrent layers with two hidden nodes that stay equal from step to step."""
+"""Recurrent layers with hidden nodes that stay equal from step to step."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from fxfib.passes.rules.examples.networks import Example, generator_of
 
-HIDDEN = 4
-CLASSES = (0, 1, 0, 3)  # nodes 0 and 2 have equal rows in all gates
+CLASSES = (0, 1, 0, 1, 4)  # nodes of one class have equal rows in all gates
+NEAR = (0, 1, 2, 1, 4)
+HIDDEN = len(CLASSES)
 
 
 class Steps(nn.Module):
@@ -28,13 +29,14 @@ class Steps(nn.Module):
             for name, parameter in self.layer.named_parameters():
                 for first in range(0, len(parameter), HIDDEN):
                     parameter[first + 2] = parameter[first]
+                    parameter[first + 3] = parameter[first + 1]
                 if name.startswith("weight_hh"):
                     # No plain duplicates: the columns of equal nodes change by a sum of zero.
                     change = torch.randn(len(parameter), dtype=torch.float64, generator=generator)
-                    parameter[:, 0] += change
-                    parameter[:, 2] -= change
+                    parameter[:, 1] += change
+                    parameter[:, 3] -= change
             if near:
-                self.layer.bias_ih_l0[-2] += 0.25  # node 2 in the last gate
+                self.layer.bias_ih_l0[2 - HIDDEN] += 0.25  # node 2 in the last gate
 
     def forward(self, x: Tensor) -> Tensor:
         found: Tensor = self.head(self.layer(x)[0])
@@ -42,12 +44,12 @@ class Steps(nn.Module):
 
 
 def recurrent(modes: tuple[str, ...]) -> list[Example]:
-    """One fiber; a near miss in one gate keeps its nodes apart."""
+    """Two fibers; a near miss in one gate keeps the nodes of one apart."""
     found = []
     for mode in modes:
         for near in (False, True):
             module = Steps(mode, near).eval()
-            labels = tuple(range(HIDDEN)) if near else CLASSES
+            labels = NEAR if near else CLASSES
             gates = module.layer.get_parameter("weight_hh_l0").shape[0] // HIDDEN
             rows = tuple(gate * HIDDEN + label for gate in range(gates) for label in labels)
             slots = {
