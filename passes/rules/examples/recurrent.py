@@ -36,7 +36,7 @@ class Steps(nn.Module):
                     parameter[:, 1] += change
                     parameter[:, 3] -= change
             if near:
-                self.layer.bias_ih_l0[2 - HIDDEN] += 0.25  # node 2 in the last gate
+                self.layer.get_parameter("bias_ih_l0")[2 - HIDDEN] += 0.25  # node 2 in the last gate
 
     def forward(self, x: Tensor) -> Tensor:
         found: Tensor = self.head(self.layer(x)[0])
