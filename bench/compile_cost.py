@@ -96,8 +96,16 @@ def measure(name: str, image: int, batch: int, factor: float, repeats: int) -> d
     }
 
 
+def earlier(path: Path) -> list[dict[str, Any]]:
+    """Rows that the CSV holds; none where there is no CSV."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, append to the CSV."""
+    """Measure, print, replace the rows of these models in the CSV."""
     parser = argparse.ArgumentParser(description="seconds and peak memory of a compile")
     parser.add_argument("models", nargs="*", default=["resnet50"])
     parser.add_argument("--image", type=int, default=224)
@@ -131,10 +139,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{row['compile_s_max']:.2f}); peak beyond capture "
                 f"{row['peak_beyond_capture_over_weights']:.2f} x weights"
             )
+    kept = [row for row in earlier(options.output) if row["model"] not in options.models]
     with options.output.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows([*kept, *rows])
     return 0
 
 
