@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fxfib.errors import CaptureError
 from fxfib.graph_tools import fixed_size, user_line, value_of
+from fxfib.lstm_shapes import right_lstm_shapes
 
 
 def export(
@@ -59,9 +60,10 @@ def _try_export(
         if dynamic and isinstance(leaf, Tensor) and leaf.ndim:
             shapes[leaf] = {0: torch.export.Dim.AUTO}
     try:
-        return torch.export.export(
-            model, args, kwargs, dynamic_shapes=shapes if dynamic else None, strict=False
-        )
+        with right_lstm_shapes():
+            return torch.export.export(
+                model, args, kwargs, dynamic_shapes=shapes if dynamic else None, strict=False
+            )
     except Exception as error:  # export raises anything; the caller words it
         return error
 

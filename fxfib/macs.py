@@ -25,6 +25,12 @@ _TRANSPOSED = {
     aten.conv_transpose3d.input,
 }
 _RECURRENT = {aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input}
+_CELLS = {
+    aten.lstm_cell.default,
+    aten.gru_cell.default,
+    aten.rnn_tanh_cell.default,
+    aten.rnn_relu_cell.default,
+}
 
 
 def _shape(node: Any) -> tuple[int, ...]:
@@ -45,6 +51,9 @@ def macs_of(graph_module: fx.GraphModule) -> int:
             flat = node.args[2]
             weights = [shape for shape in map(_shape, flat) if len(shape) == 2]
             total += steps * sum(map(math.prod, weights))
+        elif node.target in _CELLS:
+            rows = math.prod(_shape(node.args[0])[:-1])
+            total += rows * sum(math.prod(_shape(weight)) for weight in node.args[2:4])
         if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
             continue
         out = math.prod(_shape(node))

@@ -15,6 +15,7 @@ from fxfib.capture import normalize_inputs
 from fxfib.errors import ExportError, InputError
 from fxfib.exporting import clone_inputs, doubtful_sizes, quiet, repeat_batch
 from fxfib.files import move_into_place, staging_folder
+from fxfib.lstm_shapes import right_lstm_shapes
 from fxfib.onnx_check import first_line, verify_in_onnx_runtime
 from fxfib.onnx_flat import FlatModule
 from fxfib.passes.verify import Difference
@@ -115,7 +116,7 @@ def export_onnx(
     target = Path(path)
     with preserved(model), torch.no_grad(), staging_folder(target) as folder:
         model.eval()
-        with quiet():
+        with quiet(), right_lstm_shapes():
             flat = FlatModule(model, args, kwargs)
             ours = _names(input_names, flat.input_names, "input")
             theirs = _names(output_names, flat.output_names, "output")

@@ -181,14 +181,37 @@ def _recurrent(kind: type[nn.RNNBase], gates: int, **extra: Any) -> Callable[...
         }
         if projected:
             arguments["proj_size"] = shape_of(tensors["weight_hr_l0"])[0]
-        states = given["hx"] if isinstance(given["hx"], (list, tuple)) else [given["hx"]]
-        inputs: tuple[Any, ...] = (given["self"],)
-        # The module starts from zeros by itself, on whatever device it is.
-        if not all(state.target is aten.zeros.default for state in states):
-            inputs += (tuple(states) if kind is nn.LSTM else states[0],)
-        return Raised(path, kind, arguments, tensors, inputs)
+        return Raised(path, kind, arguments, tensors, (given["self"], *_started(given["hx"])))
 
     return raise_recurrent
+
+
+def _cell(kind: type[nn.RNNCellBase], gates: int, **extra: Any) -> Callable[..., Raised | None]:
+    def raise_cell(node: fx.Node, given: dict[str, Any], shape_of: Shapes) -> Raised | None:
+        names = {"weight_ih": "w_ih", "weight_hh": "w_hh", "bias_ih": "b_ih", "bias_hh": "b_hh"}
+        found = same_path({name: given[own] for name, own in names.items()})
+        if found is None:
+            return None
+        path, tensors = found
+        if ("bias_ih" in tensors) != ("bias_hh" in tensors):
+            return None
+        arguments = {
+            "input_size": shape_of(tensors["weight_ih"])[1],
+            "hidden_size": shape_of(tensors["weight_hh"])[0] // gates,
+            "bias": "bias_ih" in tensors,
+            **extra,
+        }
+        return Raised(path, kind, arguments, tensors, (given["self"], *_started(given["hx"])))
+
+    return raise_cell
+
+
+def _started(state: Any) -> tuple[Any, ...]:
+    """The state as a module takes it; nothing where it starts from zeros, as it does by itself."""
+    states = state if isinstance(state, (list, tuple)) else [state]
+    if all(state.target is aten.zeros.default for state in states):
+        return ()
+    return (tuple(state),) if isinstance(state, (list, tuple)) else (state,)
 
 
 WEIGHTED: dict[Any, Callable[..., Raised | None]] = {
@@ -213,6 +236,10 @@ WEIGHTED: dict[Any, Callable[..., Raised | None]] = {
     aten.gru.input: _recurrent(nn.GRU, 3),
     aten.rnn_tanh.input: _recurrent(nn.RNN, 1, nonlinearity="tanh"),
     aten.rnn_relu.input: _recurrent(nn.RNN, 1, nonlinearity="relu"),
+    aten.lstm_cell.default: _cell(nn.LSTMCell, 4),
+    aten.gru_cell.default: _cell(nn.GRUCell, 3),
+    aten.rnn_tanh_cell.default: _cell(nn.RNNCell, 1, nonlinearity="tanh"),
+    aten.rnn_relu_cell.default: _cell(nn.RNNCell, 1, nonlinearity="relu"),
 }
 
 RECURRENT = frozenset({aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input})

@@ -35,6 +35,7 @@ _RECURRENT = (
     *("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout"),
     "bidirectional",
 )
+_CELL = ("input_size", "hidden_size", "bias")
 _MAX_POOL = ("kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode")
 _AVG_POOL = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
 
@@ -63,6 +64,8 @@ CONSTRUCTORS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.LSTM: (*_RECURRENT, "proj_size"),
     nn.GRU: _RECURRENT,
     nn.RNN: (*_RECURRENT, "nonlinearity"),
+    **dict.fromkeys((nn.LSTMCell, nn.GRUCell), _CELL),
+    nn.RNNCell: (*_CELL, "nonlinearity"),
     **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), _MAX_POOL),
     nn.AvgPool1d: _AVG_POOL,
     **dict.fromkeys((nn.AvgPool2d, nn.AvgPool3d), (*_AVG_POOL, "divisor_override")),

@@ -5,32 +5,35 @@ from __future__ import annotations
 import numpy as np
 from torch import fx
 
-from fxfib.coloring import Labels, unique_rows
+from fxfib.coloring import Factor, Labels, unique_rows
 from fxfib.passes.forward import Analysis, module_path
 from fxfib.passes.plan import Plan
 from fxfib.passes.relations import Ref, Same
 from fxfib.passes.rules import find_rule
-from fxfib.passes.rules.convolution import Convolution
-from fxfib.passes.rules.linear import Embedding, LinearMap
 from fxfib.report import Group
 
 
-def producers(analysis: Analysis) -> list[tuple[str, fx.Node, int]]:
-    """Layers that make nodes: their module path, their node, and the axis of the nodes."""
+def producers(analysis: Analysis) -> list[tuple[str, Ref]]:
+    """The axes of nodes that layers make, each with its layer's module path."""
     found = []
     for node in analysis.graph_module.graph.nodes:
         rule = find_rule(node)
-        if node not in analysis.by_node or not isinstance(
-            rule, (LinearMap, Convolution, Embedding)
-        ):
-            continue
-        rank = len(analysis.shape(node))
-        axis = rank - 1
-        if isinstance(rule, Convolution):
-            weight = analysis.arguments(node)["weight"]
-            axis = rank - (len(analysis.shape(weight)) - 1)
-        found.append((layer_name(node), node, axis))
+        if rule is not None and node in analysis.by_node:
+            name = layer_name(node)
+            found += [
+                (f"{name} ({part})" if part else name, ref)
+                for part, ref in rule.produces(analysis, node)
+            ]
     return found
+
+
+def coloring_of(analysis: Analysis, ref: Ref) -> Factor | None:
+    """What is known of an axis, inside an op or of its output; None for axes colored jointly."""
+    node, axis = ref
+    if isinstance(axis, str):
+        return analysis.value(node).inner.get(axis)
+    factor = analysis.value(node).factor(axis)
+    return None if factor is None or len(factor.axes) > 1 else factor
 
 
 def layer_name(node: fx.Node) -> str:
@@ -63,8 +66,7 @@ def groups_of(plan: Plan) -> tuple[Group, ...]:
     analysis = plan.analysis
     component = _component(analysis)
     members: dict[Ref, list[tuple[str, Ref]]] = {}
-    for name, node, axis in producers(analysis):
-        ref: Ref = (node, axis)
+    for name, ref in producers(analysis):
         members.setdefault(component.get(ref, ref), []).append((name, ref))
     reasons = {component.get(ref, ref): reason for ref, reason in plan.reasons.items()}
     groups = []
@@ -74,10 +76,10 @@ def groups_of(plan: Plan) -> tuple[Group, ...]:
         constant, scaled = 0, 0
         # Constants are known where the coupled value was colored: behind the batch norm, say.
         for ref, other in component.items():
-            if other != root or not isinstance(ref[1], int) or analysis.is_constant(ref[0]):
+            if other != root or analysis.is_constant(ref[0]):
                 continue
-            factor = analysis.value(ref[0]).factor(ref[1])
-            if factor is None or len(factor.axes) > 1:
+            factor = coloring_of(analysis, ref)
+            if factor is None:
                 continue
             constant = max(constant, int((factor.constant & (slot < 0)).sum()))
             kept = slot >= 0
@@ -104,9 +106,9 @@ def layer_labels(plan: Plan) -> dict[str, Labels]:
     """The fibers of every producing layer: labels of its nodes, before any layout is decided."""
     analysis = plan.analysis
     found: dict[str, Labels] = {}
-    for name, node, axis in producers(analysis):
-        factor = analysis.value(node).factor(axis)
-        if factor is None:
+    for name, (node, axis) in producers(analysis):
+        factor = coloring_of(analysis, (node, axis))
+        if factor is None and isinstance(axis, int):
             # Colored behind an op that absorbed it, such as batch norm.
             seen: fx.Node | None = node
             while seen is not None and factor is None:
@@ -114,7 +116,7 @@ def layer_labels(plan: Plan) -> dict[str, Labels]:
                 seen = uses[0][0] if uses else None
                 factor = analysis.value(seen).factor(axis) if seen is not None else None
         if factor is None:
-            labels = np.arange(analysis.shape(node)[axis])
+            labels = np.arange(plan.layout(node, axis).full)
         else:
             # Constants of different value are different fibers; factors do not matter here.
             labels = unique_rows(factor.labels, np.where(factor.constant, factor.scales, 1.0))

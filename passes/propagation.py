@@ -9,6 +9,8 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fxfib.lstm_shapes import right_lstm_shapes
+
 
 class UnfitError(Exception):
     """A rewritten op does not fit its operands; ``node`` is the original one."""
@@ -62,5 +64,5 @@ def propagate(
             return tensor
 
     # Without the Python dispatcher composite ops written in C++ would fix the dynamic sizes.
-    with mode, torch.no_grad(), enable_python_dispatcher():
+    with mode, torch.no_grad(), right_lstm_shapes(), enable_python_dispatcher():
         Propagate(result).run(*placeholders)

@@ -89,6 +89,14 @@ class Rule:
         """
         return iter(())
 
+    def produces(self, analysis: Analysis, node: fx.Node) -> Iterator[tuple[str, Ref]]:
+        """The axes of nodes that a layer makes, for the report.
+
+        Yields:
+            Which part of the layer's module makes them ("" where it is all of it), and the axis.
+        """
+        return iter(())
+
     def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
         """Emit the op on the smaller operands; the default repeats the call."""
         return rewriter.repeat(node)

@@ -244,6 +244,10 @@ class Convolution(Rule):
             used = used & torch.from_numpy(alive).reshape(groups, -1, 1)
         yield (bound["input"], axis), used.any(1).reshape(-1).numpy()
 
+    def produces(self, analysis: Analysis, node: fx.Node) -> Iterator[tuple[str, Ref]]:
+        kernel = len(analysis.shape(analysis.arguments(node)["weight"])) - 2
+        yield "", (node, len(analysis.shape(node)) - kernel - 1)
+
     def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
         analysis = rewriter.analysis
         bound = analysis.arguments(node)

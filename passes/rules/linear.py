@@ -91,6 +91,9 @@ class LinearMap(Rule):
             if axis != len(analysis.shape(source)) - 1 and (node, axis) in live:
                 yield (source, axis), live[node, axis]
 
+    def produces(self, analysis: Analysis, node: fx.Node) -> Iterator[tuple[str, Ref]]:
+        yield "", (node, len(analysis.shape(node)) - 1)
+
     def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
         source, weight, bias, out = self.operands(rewriter.analysis, node)
         last = len(rewriter.analysis.shape(source)) - 1
@@ -202,6 +205,9 @@ class Embedding(Rule):
         )
         form = Form(axis, rows, offset, None, zero, None, ("embedding", table.name, indices.name))
         return Value(analysis.shape(node), (), form)
+
+    def produces(self, analysis: Analysis, node: fx.Node) -> Iterator[tuple[str, Ref]]:
+        yield "", (node, len(analysis.shape(node)) - 1)
 
     def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
         table = node.args[0]

@@ -357,6 +357,12 @@ class Recurrent(Rule):
                 yield (node, layer.output), out & (inner[layer.output].labels != ZERO)
         yield (analysis.arguments(node)["input"], 2), below
 
+    def produces(self, analysis: Analysis, node: fx.Node) -> Iterator[tuple[str, Ref]]:
+        layers = self.layers(analysis, node)
+        for layer in layers:
+            for axis in dict.fromkeys((layer.hidden, layer.output)):
+                yield "" if len(layers) == 1 and axis == layer.hidden else axis, (node, axis)
+
     # -- the smaller op --------------------------------------------------------------------
 
     def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:

@@ -144,3 +144,111 @@ def test_nearly_equal_nodes_merge_within_eps_only() -> None:
     near = fxfib.compile(model, 1e-2, example_inputs=(INPUT,))
     assert [m.get_submodule("layer").hidden_size for m in (exact, near)] == [8, 7]
     torch.testing.assert_close(near(INPUT), model(INPUT), rtol=1e-2, atol=1e-2)
+
+
+CELLS: dict[str, tuple[type[nn.RNNCellBase], dict[str, Any]]] = {
+    "lstm": (nn.LSTMCell, {}),
+    "gru": (nn.GRUCell, {}),
+    "tanh": (nn.RNNCell, {}),
+    "relu": (nn.RNNCell, {"nonlinearity": "relu"}),
+}
+
+
+class Loop(nn.Module):
+    """``linear -> cell -> linear`` step by step, from zeros, a parameter or a computed state."""
+
+    def __init__(
+        self, kind: type[nn.RNNCellBase], start: str = "zeros", read: str = "steps", **options: Any
+    ) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 10)
+        self.cell = kind(10, 8, **options)  # type: ignore[arg-type]
+        self.last = nn.Linear(8, 3)
+        self.begin = nn.Linear(6, 8)
+        self.initial = nn.Parameter(torch.randn(8))
+        self.start, self.read = start, read
+
+    def forward(self, x: Tensor) -> Tensor:
+        lstm = isinstance(self.cell, nn.LSTMCell)
+        state: Any = None
+        if self.start == "parameter":
+            state = self.initial.expand(x.shape[1], 8)
+        elif self.start == "computed":
+            state = self.begin(x[0]).tanh()
+        if lstm and state is not None:
+            state = (torch.zeros_like(state), state)
+        found = []
+        for step in x:
+            state = self.cell(self.first(step).relu(), state)
+            found.append(self.last(state[self.read == "cells"] if lstm else state))
+        return torch.stack(found) if self.read != "last" else found[-1]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", CELLS)
+def test_lifted_cells_come_back(kind: str, bias: bool) -> None:
+    cls, extra = CELLS[kind]
+    torch.manual_seed(11)
+    model = Loop(cls, **extra, bias=bias)
+    # What forward does not use is left out, and that is no merge.
+    del model.begin, model.initial
+    small = back(model)
+    cell = small.get_submodule("cell")
+    assert type(cell) is cls and cell.hidden_size == 8
+
+
+@pytest.mark.parametrize("start", ["parameter", "computed"])
+@pytest.mark.parametrize(
+    ("kind", "read"),
+    [("lstm", "steps"), ("lstm", "last"), ("lstm", "cells"), ("gru", "last"), ("relu", "steps")],
+)
+def test_cells_merge_where_their_first_state_agrees(kind: str, read: str, start: str) -> None:
+    cls, extra = CELLS[kind]
+    torch.manual_seed(12)
+    model = Loop(cls, start, read, **extra).double().eval()
+    with torch.no_grad():
+        for parameter in (*model.cell.parameters(), *model.begin.parameters(), model.initial):
+            for first in range(0, len(parameter), 8):
+                parameter[first + 1] = parameter[first]
+        # Equal rows, but another first state: h of an RNN forgets it, c and a gated h do not.
+        for parameter in model.cell.parameters():
+            for first in range(0, len(parameter), 8):
+                parameter[first + 3] = parameter[first + 2]
+    small = fxfib.compile(model, 0.0, example_inputs=(INPUT,))
+    torch.testing.assert_close(small(INPUT), model(INPUT), rtol=1e-12, atol=1e-12)
+    # The first state of a plain RNN meets the columns of the weight too, which tie it to h.
+    assert small.get_submodule("cell").hidden_size == 7
+    assert any("cell" in group.members for group in small.fibration.merged_groups)
+
+
+def test_a_state_from_outside_keeps_a_cell_as_it_is() -> None:
+    class Step(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.last = nn.GRUCell(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+            state = self.cell(x, state)
+            return self.last(state), state
+
+    model = Step().eval()
+    with torch.no_grad():
+        for parameter in model.cell.parameters():
+            for first in range(0, len(parameter), 8):
+                parameter[first + 1] = parameter[first]
+    inputs = (torch.randn(4, 6), torch.randn(4, 8))
+    small = fxfib.compile(model, 0.0, example_inputs=inputs)
+    cell = small.get_submodule("cell")
+    assert isinstance(cell, nn.GRUCell) and cell.hidden_size == 8
+    assert any("initial state" in refusal.reason for refusal in small.fibration.refusals)
+
+
+def test_a_compiled_loop_is_saved_loaded_and_exported(tmp_path: Path) -> None:
+    torch.manual_seed(13)
+    model = Loop(nn.LSTMCell).eval()
+    x = INPUT.float()
+    small = fxfib.compile(fxfib.lift(model, 1.5, (x,), seed=1), 0.0, (x,))
+    fxfib.save(small, tmp_path / "loop.fxfib")
+    again = fxfib.load(tmp_path / "loop.fxfib")
+    torch.testing.assert_close(again(x), small(x), rtol=0, atol=0)
+    fxfib.export_onnx(small, tmp_path / "loop.onnx", (x,))

@@ -7,7 +7,14 @@ its neighbours in the bias alone.  Near misses differ in one parameter of the op
 """
 
 from fxfib.passes.rules.examples.attention import attention
-from fxfib.passes.rules.examples.elementwise import binary, glu, overload_cases, prelu, unary
+from fxfib.passes.rules.examples.elementwise import (
+    binary,
+    filling,
+    glu,
+    overload_cases,
+    prelu,
+    unary,
+)
 from fxfib.passes.rules.examples.layers import convolution, embedding, linear
 from fxfib.passes.rules.examples.networks import CHANNELS, SHAPES, Example, Sandwich
 from fxfib.passes.rules.examples.norms import (
@@ -17,7 +24,7 @@ from fxfib.passes.rules.examples.norms import (
     instance_norm,
     softmax,
 )
-from fxfib.passes.rules.examples.recurrent import recurrent
+from fxfib.passes.rules.examples.recurrent import cells, recurrent
 from fxfib.passes.rules.examples.shapes import concatenation, movement, padding, pooling, reduction
 
 __all__ = [
@@ -29,9 +36,11 @@ __all__ = [
     "axis_norm",
     "batch_norm",
     "binary",
+    "cells",
     "concatenation",
     "convolution",
     "embedding",
+    "filling",
     "glu",
     "group_norm",
     "instance_norm",

@@ -98,6 +98,21 @@ def unary(targets: Iterable[Any], *, homogeneous: bool) -> list[Example]:
     return [cases.example("all")]
 
 
+def filling() -> list[Example]:
+    """A sum with a filled tensor: node by node the other operand, shifted."""
+    cases = Cases()
+    labels = expected(scaled=False, constant=True)
+    cases.add("ones", lambda x: x + torch.ones_like(x), labels)
+    cases.add("full", lambda x: x + torch.full_like(x, 0.5), labels)
+    cases.add(
+        "near",
+        lambda x: x + torch.ones_like(x),
+        expected(scaled=False, constant=True, near=True),
+        near={0: "bias"},
+    )
+    return [cases.example("all")]
+
+
 class Turned(nn.Module):
     """A module on the transposed value."""
 
