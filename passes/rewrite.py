@@ -178,6 +178,11 @@ class Rewriter:
         active = {a: r for a, r in axes.items() if not r.identity}
         if not active and plus is None:
             return self.new(node)
+        if plus is None and (narrow := self._before_expand(node, active)) is not None:
+            # The narrow tensor stays the parameter, and is broadcast as before.
+            source, inner = narrow
+            size = [-1 if a in active else s for a, s in enumerate(node.args[1])]  # type: ignore[arg-type]
+            return self.repeat(node, {source: self.constant(source, inner)}, {"size": size})
         original = self.analysis.tensor(node)
         tensor = original
         if plus is not None:
@@ -191,6 +196,20 @@ class Rewriter:
             name = f"{name}_of_{node.name}"
         trainable = any(self._original(s).requires_grad for s in named)
         return self._attribute(name, tensor, requires_grad=trainable, like=named)
+
+    def _before_expand(
+        self, node: fx.Node, axes: Mapping[int, Reducer]
+    ) -> tuple[fx.Node, dict[int, Reducer]] | None:
+        """What a constant is expanded from, and the same axes there; None if they are made anew."""
+        if node.target is not torch.ops.aten.expand.default:
+            return None
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        shape, wide = self.analysis.shape(source), self.analysis.shape(node)
+        inner = {axis - len(wide) + len(shape): reducer for axis, reducer in axes.items()}
+        if any(a < 0 or shape[a] != wide[a + len(wide) - len(shape)] for a in inner):
+            return None
+        return source, inner
 
     def new_constant(
         self,

@@ -10,12 +10,13 @@ import torch
 from torch import fx, nn
 
 from fxfib import signature
-from fxfib.coloring import Factor
+from fxfib.coloring import FIRST_FREE, Factor
 from fxfib.passes import forward, layout, liveness, plan, rewrite
 from fxfib.passes.relations import Refine
 from fxfib.passes.rules import (
     activation,
     all_rules,
+    attention,
     base,
     batch_norm,
     concatenation,
@@ -26,6 +27,9 @@ from fxfib.passes.rules import (
     norm,
     parametric,
     pooling,
+    recurrence,
+    recurrent,
+    recurrent_cell,
     reduction,
     slicing,
 )
@@ -300,6 +304,118 @@ def live_mask_inverted(patch: pytest.MonkeyPatch) -> None:
             yield ref, ~mask
 
     patch.setattr(linear.LinearMap, "reads", reads)
+
+
+RECURRENT = ("LSTM", "GRU", "tanh", "relu")
+CELLS = ("LSTMCell", "GRUCell", "tanh", "relu")
+
+
+def _last_gate_ignored(patch: pytest.MonkeyPatch) -> None:
+    right = recurrence._beside
+    patch.setattr(
+        recurrence,
+        "_beside",
+        lambda kind, gates, sides, offsets, bounds, size: right(
+            kind, gates[:1], sides, offsets[:1], bounds[:1], size
+        ),
+    )
+
+
+@wrong("LongShortTermMemory", "LSTM_bias", "GRU_recurrence")
+def last_gate_ignored(patch: pytest.MonkeyPatch) -> None:
+    _last_gate_ignored(patch)
+
+
+@wrong("LongShortTermMemoryCell", "LSTMCell_bias", "GRUCell_recurrence")
+def last_gate_of_a_cell_ignored(patch: pytest.MonkeyPatch) -> None:
+    _last_gate_ignored(patch)
+
+
+@wrong("LongShortTermMemory", *(f"{mode}_bias" for mode in RECURRENT))
+def biases_of_gates_ignored(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(recurrence, "_offset", lambda terms, bias, bound, roundoff: (terms[0], bound))
+
+
+def _recurrence_ignored(patch: pytest.MonkeyPatch) -> None:
+    right = recurrence.gate_forms
+
+    def gate_forms(kind: Any, weights: Any, inputs: Any, state: Any, roundoff: float) -> Any:
+        nothing = (torch.zeros_like(state[0]), *state[1:])
+        return right(kind, weights, inputs, nothing, roundoff)
+
+    for module in (recurrence, recurrent_cell):
+        patch.setattr(module, "gate_forms", gate_forms)
+
+
+@wrong("LongShortTermMemory", *(f"{mode}_recurrence" for mode in RECURRENT))
+def recurrence_ignored(patch: pytest.MonkeyPatch) -> None:
+    _recurrence_ignored(patch)
+
+
+@wrong("LongShortTermMemoryCell", *(f"{mode}_recurrence" for mode in CELLS))
+def recurrence_of_a_cell_ignored(patch: pytest.MonkeyPatch) -> None:
+    _recurrence_ignored(patch)
+
+
+@wrong("GatedRecurrentUnit", "GRU_split")
+def biases_of_a_product_added(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(recurrent.GatedRecurrentUnit, "kind", replace(recurrence.GRU, apart=False))
+
+
+@wrong("GatedRecurrentUnitCell", "GRUCell_split")
+def biases_of_a_product_in_a_cell_added(patch: pytest.MonkeyPatch) -> None:
+    kind = replace(recurrence.GRU, apart=False)
+    patch.setattr(recurrent_cell.GatedRecurrentUnitCell, "kind", kind)
+
+
+def _all_start_alike(patch: pytest.MonkeyPatch) -> None:
+    for module in (recurrent, recurrent_cell):
+        patch.setattr(module, "met", lambda found: np.full(len(found[0].labels), FIRST_FREE))
+
+
+@wrong("LongShortTermMemory", *(f"{mode}_start" for mode in RECURRENT))
+def first_state_ignored(patch: pytest.MonkeyPatch) -> None:
+    _all_start_alike(patch)
+
+
+@wrong("LongShortTermMemoryCell", *(f"{mode}_start" for mode in CELLS))
+def first_state_of_a_cell_ignored(patch: pytest.MonkeyPatch) -> None:
+    _all_start_alike(patch)
+
+
+@wrong("LongShortTermMemory", *RECURRENT)
+def columns_of_a_state_averaged(patch: pytest.MonkeyPatch) -> None:
+    columns_averaged(patch)
+
+
+@wrong("Attention", "fused")
+def scale_of_the_smaller_head(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(attention.Attention, "rewrite", base.Rule.rewrite)
+
+
+@wrong("Attention", "fused")
+def keys_of_equal_queries_averaged(patch: pytest.MonkeyPatch) -> None:
+    right = attention._contract
+
+    def contract(analysis: Any, contraction: Any) -> None:
+        right(analysis, contraction)
+        for mask in analysis.heads.summed.values():
+            mask[:] = False
+
+    patch.setattr(attention, "_contract", contract)
+
+
+@wrong("Attention", "fused_near")
+def bias_of_a_query_ignored(patch: pytest.MonkeyPatch) -> None:
+    def color_root(analysis: Any, node: fx.Node) -> None:
+        form = analysis.value(node).form
+        attention.color_root(analysis, node)
+        zero = np.zeros(len(form.offset))
+        bare = replace(form, offset=zero, offset_bound=zero)
+        colors = signature.color_form(bare, len(zero), 0.0, "fibration", analysis.roundoff)
+        analysis.heads.colors[node] = colors
+
+    patch.setattr(forward, "color_root", color_root)
 
 
 @wrong("", "shared")

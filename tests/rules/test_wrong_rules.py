@@ -21,6 +21,9 @@ def cases_of(rule: str) -> dict[str, Example]:
     found: dict[str, Example] = {}
     owner = next(r for r in all_rules().values() if type(r).__name__ == rule)
     for example in owner.examples():
+        if not hasattr(example.module, "cases"):
+            found.setdefault(example.name, example)
+            continue
         for name, module in example.module.cases.items():
             path = f"cases.{name}."
             slots = {

@@ -102,6 +102,7 @@ def filling() -> list[Example]:
     """A sum with a filled tensor: node by node the other operand, shifted."""
     cases = Cases()
     labels = expected(scaled=False, constant=True)
+    cases.add("zeros", lambda x: x + torch.zeros_like(x), expected(scaled=True, constant=True))
     cases.add("ones", lambda x: x + torch.ones_like(x), labels)
     cases.add("full", lambda x: x + torch.full_like(x, 0.5), labels)
     cases.add(
