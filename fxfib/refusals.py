@@ -1,6 +1,7 @@
 """What is checked first: models that cannot be compiled, refused by name and in words."""
 
 import copy
+import keyword
 import random
 import sys
 import warnings
@@ -57,9 +58,10 @@ def refuse_unsupported(model: nn.Module, *, empty: bool = False) -> None:
 
     Raises:
         RefusedError: no parameters, uninitialised, quantized, on the meta device, sparse, complex,
-            a tensor subclass, or NaN/Inf in a floating tensor.
+            a tensor subclass, NaN/Inf in a floating tensor, or a name that is a keyword of Python.
     """
     for path, module in model.named_modules():
+        _refuse_name(path)
         cls = type(module)
         if cls.__module__.startswith(_QUANTIZED_PACKAGES) and cls.__name__ not in _STILL_FLOAT:
             raise RefusedError(
@@ -74,12 +76,23 @@ def refuse_unsupported(model: nn.Module, *, empty: bool = False) -> None:
         ("buffer", model.named_buffers()),
     ):
         for name, tensor in tensors:
+            _refuse_name(name)
             found = found or kind == "parameter" or tensor.is_floating_point()
             _refuse_tensor(kind, name, tensor)
     if not found and not empty:
         raise RefusedError(
             f"{type(model).__name__} has no parameters, so there is nothing to compile "
             "(an empty module)."
+        )
+
+
+def _refuse_name(path: str) -> None:
+    """torch.fx writes `self.in(x)` for a module called "in", and Python cannot read that."""
+    word = next((part for part in path.split(".") if keyword.iskeyword(part)), None)
+    if word is not None:
+        raise RefusedError(
+            f"the name {path} holds {word!r}, a word of Python's own, which torch.fx cannot write; "
+            "rename that module."
         )
 
 

@@ -4,6 +4,7 @@ import copy
 import random
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -527,6 +528,7 @@ class RecurrentDropout(nn.Module):
         (lambda: nn.Sequential(nn.Linear(7, 5), nn.Dropout(0.5)), r"dropout 1 .*model\.eval"),
         (FunctionalDropout, r"dropout .*test_capture\.py:\d+.*model\.eval"),
         (lambda: torch.relu, "expected an nn.Module"),
+        (lambda: nn.Sequential(OrderedDict({"in": nn.Linear(7, 5)})), "the name in .*Python"),
     ],
 )
 def test_refusals(make: Callable[[], Any], message: str) -> None:
