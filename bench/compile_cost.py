@@ -41,7 +41,7 @@ def once(name: str, image: int, batch: int, factor: float) -> dict[str, float]:
     """One capture and one compile in this process."""
     import torch
     import torchvision
-    from zoo import randomize
+    from architectures import randomize
 
     import fxfib
     from fxfib.capture import capture

@@ -1,10 +1,13 @@
-"""Every classifier of torchvision: captured, verified, lifted by 1.5 and recovered.
+"""Real architectures: captured, verified, lifted by 1.5 and recovered.
 
-    python bench/zoo.py                 # all of them; appends to bench/results/zoo.csv, resumable
-    python bench/zoo.py resnet50 swin_t # some of them
+    python bench/zoo.py                            # torchvision's classifiers; resumable
+    python bench/zoo.py --source timm hf --pruner  # a model a family; Torch-Pruning beside it
+    python bench/zoo.py resnet50 hf:llama          # some of them, again
 
 Weights and batch-norm statistics are random.  Each model runs in a process of its own with a time
-limit, so that peak memory is its own and one failure costs one row.
+limit, so that peak memory is its own and one failure costs one row.  Rows go to
+bench/results/zoo.csv.  ``timm``, ``transformers`` and ``torch-pruning`` must be installed for what
+they are asked for.
 """
 
 import argparse
@@ -14,7 +17,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,57 +27,29 @@ COLUMNS = (
     "parameters_lifted", "parameters_recovered", "error_float32", "error_float64",
     "error_recovered_float32", "error_recovered_float64", "refusals", "capture_s", "compile_s",
     "lift_s", "compile_lifted_s", "peak_mib", "image", "machine", "torch", "torchvision", "fxfib",
-    "failure",
+    "failure", "pruner_finished", "pruner_same_shape", "pruner_s", "pruner_parameters",
+    "pruner_failure",
 )  # fmt: skip
-# Architectures with position tables take the one size they were made for.
-FIXED = ("vit", "swin", "maxvit")
-
-
-def image_size(name: str, model: Any) -> int:
-    """The smallest square image that a model is sensibly run on here."""
-    if name.startswith("vit"):
-        return int(model.image_size)
-    if name.startswith("inception"):
-        return 128
-    return 224 if name.startswith(FIXED) else 64
-
-
-def randomize(model: Any) -> None:
-    """Batch-norm statistics and affine parameters that are not those of a fresh network."""
-    import torch
-
-    generator = torch.Generator().manual_seed(1)
-    for module in model.modules():
-        if isinstance(module, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)):
-            assert module.running_mean is not None and module.running_var is not None
-            module.running_mean.normal_(0, 0.1, generator=generator)
-            module.running_var.uniform_(0.5, 1.5, generator=generator)
-            with torch.no_grad():
-                module.weight.uniform_(0.5, 1.5, generator=generator)
-                module.bias.normal_(0, 0.1, generator=generator)
 
 
 def measure(name: str, queue: Any) -> None:
     """One row, sent through a queue piece by piece (what was reached counts)."""
     import torch
     import torchvision
+    from architectures import build
 
     import fxfib
 
-    torch.manual_seed(0)
-    model = torchvision.models.get_model(name, weights=None).eval()
-    randomize(model)
-    side = image_size(name, model)
-    inputs = torch.randn(2, 3, side, side)
+    model, (inputs, named) = build(name)
     row: dict[str, Any] = {
-        "image": side,
+        "image": next((t.shape[-1] for t in (*inputs, *named.values()) if t.ndim == 4), ""),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "fxfib": fxfib.__version__,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
     }
     try:
-        small = fxfib.compile(model, 0.0, inputs)
+        small = fxfib.compile(model, 0.0, inputs, example_kwargs=named)
         report = small.fibration
         row |= {
             "captured": True,
@@ -89,10 +64,10 @@ def measure(name: str, queue: Any) -> None:
         }
         del small
         start = time.perf_counter()
-        lifted = fxfib.lift(model, 1.5, inputs)
+        lifted = fxfib.lift(model, 1.5, inputs, example_kwargs=named)
         row["lift_s"] = round(time.perf_counter() - start, 2)
         del model
-        back = fxfib.compile(lifted, 0.0, inputs).fibration
+        back = fxfib.compile(lifted, 0.0, inputs, example_kwargs=named).fibration
         row |= {
             "recovered": back.parameters_after <= report.parameters_before,
             "parameters_lifted": back.parameters_before,
@@ -107,11 +82,73 @@ def measure(name: str, queue: Any) -> None:
     queue.put(row)
 
 
-def run_one(name: str, limit: float) -> dict[str, Any]:
+def prune(name: str, queue: Any) -> None:
+    """Torch-Pruning at a ratio of one half: does it finish, has the output its shape?"""
+    import torch
+    import torch_pruning
+    from architectures import build
+
+    model, (inputs, named) = build(name)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    with torch.no_grad():
+        shapes = shapes_of(model(*inputs, **named))
+    last = [m for m in model.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))][-1:]
+    start = time.perf_counter()
+    pruner = torch_pruning.pruner.BasePruner(
+        model,
+        {**named} if named else inputs,
+        importance=torch_pruning.importance.MagnitudeImportance(),
+        pruning_ratio=0.5,
+        ignored_layers=last,
+        output_transform=first_tensor,
+    )
+    pruner.step()
+    seconds = time.perf_counter() - start
+    with torch.no_grad():
+        same = shapes_of(model(*inputs, **named)) == shapes
+    queue.put(
+        {
+            "pruner_finished": True,
+            "pruner_same_shape": same,
+            "pruner_s": round(seconds, 2),
+            "pruner_parameters": sum(p.numel() for p in model.parameters()),
+        }
+    )
+
+
+def tensors_of(value: Any) -> list[Any]:
+    """All tensors of an output, in order."""
+    import torch
+    from torch.utils import _pytree as pytree
+
+    leaves = pytree.tree_leaves(dict(value) if hasattr(value, "items") else value)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+def shapes_of(value: Any) -> list[tuple[int, ...]]:
+    return [tuple(tensor.shape) for tensor in tensors_of(value)]
+
+
+def first_tensor(value: Any) -> Any:
+    """What Torch-Pruning differentiates to find dependencies."""
+    return tensors_of(value)[0].sum()
+
+
+def guarded(work: Callable[[str, Any], None], name: str, queue: Any) -> None:
+    """A process that says in one line why it failed."""
+    try:
+        work(name, queue)
+    except Exception as error:
+        line = (str(error).strip().splitlines() or [""])[0]
+        queue.put({"failure": f"{type(error).__name__}: {line[:200]}"})
+
+
+def run_one(work: Callable[[str, Any], None], name: str, limit: float) -> dict[str, Any]:
     """A model in a process of its own."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    process = context.Process(target=measure, args=(name, queue))
+    process = context.Process(target=guarded, args=(work, name, queue))
     process.start()
     row: dict[str, Any] = {}
     end = time.monotonic() + limit
@@ -128,32 +165,44 @@ def run_one(name: str, limit: float) -> dict[str, Any]:
         }
     process.kill() if process.is_alive() else None
     process.join()
-    return {"model": name, **row}
+    return row
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, append rows, say how many hold."""
-    import torchvision
+    from architectures import names_of
     from tqdm import tqdm
 
-    parser = argparse.ArgumentParser(description="lossless compile and recovery over torchvision")
-    parser.add_argument("models", nargs="*", help="names; all classifiers if none is given")
+    parser = argparse.ArgumentParser(description="lossless compile and recovery of real networks")
+    parser.add_argument("models", nargs="*", help="names; all of the sources if none is given")
+    parser.add_argument(
+        "--source", nargs="+", choices=("torchvision", "timm", "hf"), default=["torchvision"]
+    )
+    parser.add_argument("--pruner", action="store_true", help="Torch-Pruning on the same models")
     parser.add_argument("--limit", type=float, default=900.0, help="seconds a model may take")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    names = options.models or torchvision.models.list_models(module=torchvision.models)
+    names = options.models or [name for source in options.source for name in names_of(source)]
     options.output.parent.mkdir(parents=True, exist_ok=True)
     done: dict[str, dict[str, Any]] = {}
     if options.output.exists():
         with options.output.open(newline="") as file:
             done = {row["model"]: row for row in csv.DictReader(file)}
-    waiting = [n for n in names if n in options.models or n not in done]
-    # Small ones first: an interrupted run has seen the most architectures.
-    weights = {n: torchvision.models.get_model_weights(n).DEFAULT for n in waiting}
-    bar = tqdm(sorted(waiting, key=lambda n: weights[n].meta["num_params"]))
+
+    def missing(name: str) -> bool:
+        return name not in done or (options.pruner and not done[name].get("pruner_finished"))
+
+    waiting = [name for name in names if name in options.models or missing(name)]
+    bar = tqdm(waiting)
     for name in bar:
         bar.set_postfix_str(name)
-        done[name] = run_one(name, options.limit)
+        if name in options.models or name not in done:
+            done[name] = {"model": name, **run_one(measure, name, options.limit)}
+        if options.pruner:
+            other = run_one(prune, name, options.limit)
+            if "failure" in other:
+                other = {"pruner_finished": False, "pruner_failure": other["failure"]}
+            done[name] |= other
         partial = options.output.with_suffix(".part")
         with partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, restval="")
@@ -161,7 +210,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             writer.writerows(done[key] for key in sorted(done))
         partial.replace(options.output)
     rows = [done[name] for name in names]
-    for column in ("captured", "verified", "recovered"):
+    counted = ["captured", "verified", "recovered"]
+    if options.pruner:
+        counted += ["pruner_finished", "pruner_same_shape"]
+    for column in counted:
         print(f"{column}: {sum(str(r.get(column)) == 'True' for r in rows)} of {len(rows)}")
     bad = [r for r in rows if str(r.get("recovered")) != "True" or str(r.get("verified")) != "True"]
     for row in bad:
