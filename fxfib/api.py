@@ -70,7 +70,7 @@ def compile(
         VerifyError: the result differs from the original (eps = 0).
     """
     check_options(eps, criterion, calibration, round_to)
-    patterns = tuple([skip] if isinstance(skip, str) else skip)
+    patterns = skip_patterns(skip)
     options = {
         "eps": float(eps),
         "criterion": criterion,
@@ -105,11 +105,16 @@ def check_options(eps: float, criterion: str, calibration: Any, round_to: int | 
     if calibration is not None:
         raise InputError("calibration is not available in this version; leave it None.")
     if round_to is not None and (
-        isinstance(round_to, bool) or round_to < 1 or round_to != int(round_to)
+        isinstance(round_to, bool)
+        or not isinstance(round_to, (int, float))
+        or round_to < 1
+        or round_to != int(round_to)
     ):
         raise InputError(f"round_to must be a positive whole number, not {round_to!r}.")
 
 
+# What is made in inference mode could never be trained.
+@torch.inference_mode(False)
 def compile_now(
     model: nn.Module,
     example_inputs: Any,
@@ -178,6 +183,20 @@ def shrink(
             if error.node in barriers:
                 raise
             barriers[error.node] = f"the merged op does not fit its operands ({error})"
+
+
+def skip_patterns(skip: Any) -> tuple[str, ...]:
+    """One pattern or several.
+
+    Raises:
+        InputError: they are no strings.
+    """
+    if isinstance(skip, str):
+        return (skip,)
+    patterns = tuple(skip) if isinstance(skip, Iterable) else (skip,)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise InputError(f"skip must be a pattern of module paths or a list of them, not {skip!r}.")
+    return patterns
 
 
 def skipped_nodes(graph_module: fx.GraphModule, patterns: Iterable[str]) -> list[fx.Node]:

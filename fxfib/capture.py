@@ -64,13 +64,14 @@ def capture(
     with `torch.export.register_dataclass`, as every later export of the result needs it too.
 
     Raises:
-        InputError: the example inputs are of no use as arguments.
+        InputError: the example inputs are of no use as arguments, empty, or hold NaN or infinity.
         RefusedError: the model is one that cannot be compiled.
         CaptureError: it does not run on the example inputs, or cannot be made a graph.
     """
     start = time.perf_counter()
     model = unwrap(model)
     args, kwargs = normalize_inputs(model, example_inputs, example_kwargs)
+    _refuse_useless(args, kwargs)
     refuse_unsupported(model)
     with preserved(model), torch.no_grad(), quiet():
         program, notes, sizes = export(model, args, kwargs)
@@ -98,6 +99,17 @@ def capture(
         source=model,
         seconds=time.perf_counter() - start,
     )
+
+
+def _refuse_useless(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Example inputs on which no comparison says anything."""
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    if tensors and all(tensor.numel() == 0 for tensor in tensors):
+        raise InputError("the example inputs are empty; give a batch of at least one example.")
+    for tensor in tensors:
+        # Minus infinity is what a mask of scores holds.
+        if tensor.is_floating_point() and not bool((tensor < torch.inf).all()):
+            raise InputError("an example input holds NaN or infinity; give numbers to compare on.")
 
 
 def normalize_inputs(

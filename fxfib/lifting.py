@@ -7,14 +7,14 @@ merged graph rewrite a lifted one: only the layouts differ.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from fxfib.api import skipped_nodes
+from fxfib.api import skip_patterns, skipped_nodes
 from fxfib.capture import capture, normalize_inputs
 from fxfib.copies import Copies
 from fxfib.errors import InputError, VerifyError
@@ -24,7 +24,15 @@ from fxfib.passes.plan import Plan
 from fxfib.passes.rewrite import Rewriter
 from fxfib.passes.verify import TOLERANCE, difference
 
+# Larger changes of the columns leave nothing of float32 after the sum.
+MOST_ZERO_SUM = 100.0
 
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@torch.inference_mode(False)
 def lift(
     module: nn.Module,
     factor: float = 1.5,
@@ -54,15 +62,22 @@ def lift(
         A module under the user's own names; compiling it at eps = 0 gives back the original sizes.
 
     Raises:
-        InputError: the factor is not a finite number of at least 1, or inputs are missing.
+        InputError: the factor is not a finite number of at least 1, zero_sum or seed make no sense,
+            or inputs are missing.
         VerifyError: the wider module differs by more than the dtype's tolerance.
     """
-    if not np.isfinite(factor) or factor < 1:
+    if not _is_number(factor) or factor < 1:
         raise InputError(f"factor must be a finite number of at least 1, not {factor!r}.")
+    if not _is_number(zero_sum) or not 0 <= zero_sum <= MOST_ZERO_SUM:
+        raise InputError(
+            f"zero_sum must be a number from 0 to {MOST_ZERO_SUM:g}, not {zero_sum!r}."
+        )
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise InputError(f"seed must be a whole number of at least 0, not {seed!r}.")
     if example_inputs is None and not example_kwargs:
         raise InputError("lift needs example_inputs: the arguments of one call.")
     captured = capture(module, example_inputs, example_kwargs)
-    skipped = skipped_nodes(captured.graph_module, skip)
+    skipped = skipped_nodes(captured.graph_module, skip_patterns(skip))
     analysis = Analysis(captured.graph_module, skip=skipped).run()
     plan = Plan(analysis, dict(Copies(analysis, factor, zero_sum, seed).layouts()), {}, {})
     lifted = raise_modules(Rewriter(plan).run(), captured)

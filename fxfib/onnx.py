@@ -102,12 +102,14 @@ def export_onnx(
         output_names: of the tensor outputs in order; None takes dict keys and dataclass fields.
 
     Raises:
-        InputError: an opset too old, names that do not fit.
+        InputError: an opset too old or unknown to the exporter, names that do not fit.
         CaptureError: the module does not run on the example inputs.
         ExportError: torch cannot express it, the file cannot be written, or its outputs differ
             from torch's by more than the tolerance of the dtype.
     """
     opset = DEFAULT_OPSET if opset is None else opset
+    if isinstance(opset, bool) or not isinstance(opset, int):
+        raise InputError(f"opset must be a whole number, not {opset!r}.")
     if opset < OLDEST_OPSET:
         raise InputError(f"opset {opset} is too old; the oldest that can be written is 18.")
     model = unwrap(module)
@@ -123,6 +125,9 @@ def export_onnx(
             if set(ours) & set(theirs):
                 theirs = [f"{name}_out" if name in ours else name for name in theirs]
             proto_model, more_sizes = _export(flat, opset, dynamic_batch, verify)
+        if (written := proto_model.opset_imports.get("")) != opset:
+            # The exporter goes back to one that it knows, and says so in a log alone.
+            raise InputError(f"opset {opset} cannot be written; the exporter offers {written}.")
         _tidy(proto_model, ours, theirs)
         external = _external(proto_model, external_data)
         staged = folder / target.name

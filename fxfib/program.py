@@ -110,7 +110,8 @@ def _refuse_nodes(graph: fx.Graph) -> None:
             )
         if node.target in DROPOUTS and node.args[2] and node.args[1] > 0:
             raise RefusedError(
-                f"dropout {where(node)} is in training mode; call model.eval() first."
+                f"dropout {where(node)} is in training mode; call model.eval() first "
+                "(F.dropout needs training=self.training)."
             )
         if node.target in _RECURRENT:
             names = [argument.name for argument in node.target._schema.arguments]

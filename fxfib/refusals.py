@@ -58,7 +58,8 @@ def refuse_unsupported(model: nn.Module, *, empty: bool = False) -> None:
 
     Raises:
         RefusedError: no parameters, uninitialised, quantized, on the meta device, sparse, complex,
-            a tensor subclass, NaN/Inf in a floating tensor, or a name that is a keyword of Python.
+            a tensor subclass, NaN/Inf in a floating tensor (but for minus infinity in a buffer),
+            or a name that is a keyword of Python.
     """
     for path, module in model.named_modules():
         _refuse_name(path)
@@ -117,6 +118,8 @@ def _refuse_tensor(kind: str, name: str, tensor: Tensor) -> None:
     if tensor.is_complex():
         raise RefusedError(f"{kind} {name} is complex ({tensor.dtype}), which is not supported.")
     if tensor.is_floating_point() and not _all_finite(tensor):
+        if kind == "buffer" and bool((tensor < torch.inf).all()):
+            return  # minus infinity is what a mask of scores holds
         raise RefusedError(f"{kind} {name} holds NaN or Inf; a trained model has finite weights.")
 
 

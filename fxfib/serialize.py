@@ -164,7 +164,7 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Fi
     Raises:
         LoadError: no such file, not written by fxfib, damaged, or of a newer format.
     """
-    if not Path(path).is_file():
+    if not isinstance(path, (str, os.PathLike)) or not Path(path).is_file():
         raise LoadError(f"{path} does not exist or is not a file.")
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:

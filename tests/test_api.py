@@ -94,6 +94,81 @@ def test_bad_options():
         fxfib.lift(network(), 2.0)
 
 
+@pytest.mark.parametrize("skip", [3, [3]])
+def test_patterns_are_strings(skip):
+    for call in (fxfib.compile, fxfib.lift):
+        with pytest.raises(InputError, match="skip must be a pattern"):
+            call(network(), 2, INPUTS, skip=skip)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"factor": "2"},
+        {"seed": "a"},
+        {"seed": -1},
+        {"zero_sum": float("nan")},
+        {"zero_sum": -1},
+        {"zero_sum": 1e30},
+    ],
+)
+def test_bad_options_of_a_lift(options):
+    (name,) = options
+    with pytest.raises(InputError, match=name):
+        fxfib.lift(network(), example_inputs=INPUTS, **options)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_inputs_that_prove_nothing_are_refused(bad):
+    with pytest.raises(InputError, match="NaN or infinity"):
+        fxfib.compile(network(), 0.0, INPUTS * bad)
+    with pytest.raises(InputError, match="empty"):
+        fxfib.compile(network(), 0.0, INPUTS[:0])
+
+
+@pytest.mark.parametrize("example", ["plain", "inference"])
+def test_what_inference_mode_makes_can_be_trained(example):
+    model = network()
+    with torch.inference_mode():
+        inputs = INPUTS if example == "plain" else INPUTS.clone()
+        made = [fxfib.compile(model, 0.0, inputs), fxfib.lift(model, 1.5, inputs)]
+    for module in made:
+        module(INPUTS).sum().backward()
+
+
+class Masked(nn.Module):
+    """Minus infinity in a buffer: on scores, or on the channels of a layer."""
+
+    def __init__(self, scores):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 8) for _ in range(3 if scores else 1))
+        self.last = nn.Linear(8, 2)
+        mask = torch.full((5, 5), -torch.inf).triu(1) if scores else torch.zeros(8)
+        mask[..., -1:] = mask[..., -1:] if scores else -torch.inf
+        self.register_buffer("mask", mask)
+        self.scores = scores
+
+    def forward(self, x):
+        if not self.scores:
+            return self.last((self.layers[0](x) + self.mask).softmax(-1))
+        q, k, v = (layer(x).unflatten(-1, (2, 4)).transpose(1, 2) for layer in self.layers)
+        mixed = (q @ k.transpose(2, 3) + self.mask).softmax(-1) @ v
+        return self.last(mixed.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("scores", [True, False])
+def test_masks_of_minus_infinity(scores):
+    torch.manual_seed(0)
+    model = Masked(scores).eval()
+    inputs = torch.randn(3, 5, 6)
+    wide = fxfib.lift(model, 1.5, inputs)
+    small = fxfib.compile(wide, 0.0, inputs)
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (model, wide, small)]
+    assert sizes[2] == sizes[0]
+    assert (sizes[1] > sizes[0]) == scores  # nothing merges across infinity
+    torch.testing.assert_close(small(inputs), model(inputs))
+
+
 def test_nan_weights_are_named():
     model = network()
     with torch.no_grad():

@@ -15,7 +15,7 @@ from fxfib.coloring import (
 )
 from fxfib.passes.relations import Same
 from fxfib.passes.rules.activation import pass_form
-from fxfib.passes.rules.base import is_tensor, overloads, register
+from fxfib.passes.rules.base import Barrier, is_tensor, overloads, register
 from fxfib.passes.rules.elementwise import Elementwise
 from fxfib.signature import Form, form_of_factor
 
@@ -43,17 +43,24 @@ class Affine(Elementwise):
 
 
 def _numbers_along(analysis: Analysis, operand: Any, node: fx.Node, axis: int) -> Floats | None:
-    """A constant operand as one number a position of an axis; None if it is more than that."""
+    """A constant operand as one number a position of an axis; None if it is more than that.
+
+    Raises:
+        Barrier: it holds infinity, with which no row can be shifted or scaled.
+    """
     size = analysis.shape(node)[axis]
+    numbers: Floats | None = None
     if not is_tensor(operand):
-        return np.full(size, float(operand))
-    tensor = analysis.constant(operand)
-    if tensor.numel() == 1:
-        return np.full(size, float(tensor))
-    own = axis - (len(analysis.shape(node)) - tensor.ndim)
-    if own >= 0 and tensor.shape[own] == size == tensor.numel():
-        return tensor.reshape(-1).to(torch.float64).numpy()
-    return None
+        numbers = np.full(size, float(operand))
+    elif (tensor := analysis.constant(operand)).numel() == 1:
+        numbers = np.full(size, float(tensor))
+    else:
+        own = axis - (len(analysis.shape(node)) - tensor.ndim)
+        if own >= 0 and tensor.shape[own] == size == tensor.numel():
+            numbers = tensor.reshape(-1).to(torch.float64).numpy()
+    if numbers is not None and not np.isfinite(numbers).all():
+        raise Barrier("a constant operand of it holds infinity along the channels")
+    return numbers
 
 
 def _tie_constant(analysis: Analysis, node: fx.Node, operand: Any, axis: int) -> None:

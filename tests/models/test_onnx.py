@@ -186,6 +186,13 @@ def test_opsets(opset: int, tmp_path: Path) -> None:
     assert onnx.load(tmp_path / "m.onnx").opset_import[0].version == opset
 
 
+@pytest.mark.parametrize("opset", [99, "20", True])
+def test_an_opset_that_would_not_be_written_is_refused(opset: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="opset"):
+        export_onnx(mlp(), tmp_path / "m.onnx", torch.randn(2, 7), opset=opset)
+    assert not (tmp_path / "m.onnx").exists()
+
+
 def test_old_opset_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="opset 17 is too old"):
         export_onnx(mlp(), tmp_path / "m.onnx", torch.randn(2, 7), opset=17)
