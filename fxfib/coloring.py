@@ -60,9 +60,9 @@ def first_appearance(labels: Labels) -> Labels:
 
 def project(grid: Labels, axis: int) -> Labels:
     """Color positions along one axis of a grid: equal when their whole slices are equal."""
-    rows = np.ascontiguousarray(np.moveaxis(grid, axis, 0).reshape(grid.shape[axis], -1))
-    if rows.shape[1] == 0 or rows.shape[0] == 0:
+    if grid.size == 0:
         return np.zeros(grid.shape[axis], dtype=np.int64)
+    rows = np.ascontiguousarray(np.moveaxis(grid, axis, 0).reshape(grid.shape[axis], -1))
     if rows.shape[1] == 1:
         return first_appearance(rows[:, 0])
     as_bytes = rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1]))).reshape(-1)

@@ -169,6 +169,34 @@ def test_masks_of_minus_infinity(scores):
     torch.testing.assert_close(small(inputs), model(inputs))
 
 
+class Partly(nn.Module):
+    """As rotary embeddings do: the first channels one way, the rest, which may be none, another."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.one, self.other = nn.Linear(6, 8), nn.Linear(8, 2)
+        self.first = first
+
+    def forward(self, x):
+        hidden = self.one(x)
+        parts = hidden[..., : self.first].tanh(), hidden[..., self.first :]
+        return self.other(torch.cat(parts, -1).relu())
+
+
+@pytest.mark.parametrize("first", [0, 3, 8])
+def test_empty_slices(first):
+    torch.manual_seed(0)
+    model = Partly(first).eval()
+    with torch.no_grad():
+        for parameter in model.one.parameters():
+            parameter[1] = parameter[0]
+    inputs = torch.randn(3, 6)
+    small = fxfib.compile(model, 0.0, inputs)
+    torch.testing.assert_close(small(inputs), model(inputs))
+    if first == 3:
+        assert small.get_submodule("one").out_features == 7
+
+
 def test_nan_weights_are_named():
     model = network()
     with torch.no_grad():

@@ -63,6 +63,8 @@ def trace_blocks(
     Raises:
         Barrier: the op mixes an axis of interest with one of unknown size, or is no plain movement.
     """
+    if moved.size == 0:
+        return []  # nothing came from anywhere
     strides = strides_of(shape)
     coordinates: dict[int, Labels] = {}
 
