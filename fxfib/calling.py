@@ -198,8 +198,18 @@ def calling_of(
 
 
 def _ordered(arguments: Sequence[Argument]) -> tuple[Argument, ...]:
-    """Python wants arguments without a default first: those behind one that has it lose theirs."""
+    """Python wants arguments without a default first.
+
+    A tensor behind one that has a default gets None, which is refused in words when it is called
+    (``forward(tokens=None, mask=None, targets=None)``, captured without a mask).  What comes before
+    another kind of input loses its default.
+    """
     positional = [argument for argument in arguments if not argument.keyword_only]
+    optional = False
+    for index, argument in enumerate(positional):
+        if optional and not argument.has_default and argument.structure[0] == "leaf":  # type: ignore[index]
+            positional[index] = dataclasses.replace(argument, has_default=True, default=None)
+        optional |= argument.has_default
     last = max((i for i, a in enumerate(positional) if not a.has_default), default=-1)
     for index, argument in enumerate(positional[:last]):
         positional[index] = dataclasses.replace(argument, has_default=False)

@@ -169,6 +169,34 @@ def test_masks_of_minus_infinity(scores):
     torch.testing.assert_close(small(inputs), model(inputs))
 
 
+class Translate(nn.Module):
+    """As encoder-decoders are written: everything by keyword, some of it left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.last = nn.Linear(6, 8), nn.Linear(5, 8), nn.Linear(8, 2)
+
+    def forward(self, source=None, mask=None, target=None, scale=1.0):
+        hidden = self.one(source) if mask is None else self.one(source * mask)
+        return self.last((hidden + self.two(target)).relu()) * scale
+
+
+def test_keywords_behind_an_optional_argument(tmp_path):
+    model = Translate().eval()
+    named = {"source": torch.randn(3, 6), "target": torch.randn(3, 5)}
+    small = fxfib.compile(fxfib.lift(model, 1.5, named), 0.0, named)
+    fxfib.save(small, tmp_path / "m.fxfib")
+    for module in (small, fxfib.load(tmp_path / "m.fxfib"), copy.deepcopy(small)):
+        torch.testing.assert_close(module(**named), model(**named))
+        torch.testing.assert_close(module(named["source"], None, named["target"]), model(**named))
+    with pytest.raises(InputError, match="was a tensor at capture, not NoneType"):
+        small(source=named["source"])
+    with pytest.raises(InputError, match="mask was left at None|fixed to None"):
+        small(**named, mask=torch.ones(3, 6))
+    torch.export.export(small, (), named)
+    fxfib.export_onnx(small, tmp_path / "m.onnx", named)
+
+
 class Partly(nn.Module):
     """As rotary embeddings do: the first channels one way, the rest, which may be none, another."""
 
