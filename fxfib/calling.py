@@ -70,6 +70,13 @@ class Calling:
         leaves = tuple((str(kind), value) for kind, value in data["leaves"])
         return cls(arguments, leaves, data["output"])
 
+    def is_constant(self, argument: Argument) -> bool:
+        """Whether capture fixed the value of an argument."""
+        structure = argument.structure
+        if structure is None or structure[0] != "leaf":
+            return structure is None
+        return self.leaves[structure[1]][0] == "constant"
+
     def flatten(self, *args: Any, **kwargs: Any) -> list[Any]:
         """The flat inputs of one call, in the order of the graph's placeholders."""
         parameters = [
@@ -262,7 +269,13 @@ class _CallCodeGen(CodeGen):
         arguments = self.calling.arguments
         if len(args) > len(arguments):
             raise InputError(f"at most {len(arguments)} arguments are taken, not {len(args)}.")
-        named = {argument.name: value for argument, value in zip(arguments, args, strict=False)}
+        # As many as were given at capture, or as are no fixed constants: those, whatever optional
+        # ones lie between them.
+        captured = [a for a in arguments if a.structure is not None]
+        required = [a for a in captured if not self.calling.is_constant(a)]
+        fitting = (names for names in (captured, required) if len(names) == len(args))
+        taken = next(fitting, arguments)
+        named = {argument.name: value for argument, value in zip(taken, args, strict=False)}
         return self.calling.flatten(**named)
 
     def process_outputs(self, outputs: Any) -> Any:
