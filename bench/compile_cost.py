@@ -2,6 +2,7 @@
 
     python bench/compile_cost.py                  # ResNet-50 at 224 x 224; writes the CSV
     python bench/compile_cost.py vgg16 --image 64
+    python bench/compile_cost.py llama_1b --image 32 --repeats 1   # 32 tokens; needs transformers
 
 Every repetition is a process of its own.  Memory is what the process held at its highest point
 beyond what it held before (the model is in memory then), over the size of the weights.  Linux only:
@@ -37,19 +38,61 @@ def forget_peak() -> float:
     return resident("VmRSS")
 
 
+# Decoders in bfloat16 with random weights; 22 layers of these widths have 1.12 billion parameters.
+LLAMA: dict[str, dict[str, int]] = {
+    "llama_1b": {
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "llama_small": {
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 176,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+}
+
+
+def build(name: str, size: int, batch: int) -> tuple[Any, Any]:
+    """A network in eval mode and an input: an image, or a row of tokens, of the given size."""
+    import torch
+
+    torch.manual_seed(0)
+    if name in LLAMA:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        # Made in bfloat16: float32 weights would be in the highest point of memory.
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            model = LlamaForCausalLM(LlamaConfig(**LLAMA[name], use_cache=False)).eval()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        for module in model.modules():
+            if "RMSNorm" in type(module).__name__:  # ones would be equal by accident
+                torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+        return model, torch.randint(0, LLAMA[name]["vocab_size"], (batch, size))
+    import torchvision
+    from architectures import randomize
+
+    model = torchvision.models.get_model(name, weights=None).eval()
+    randomize(model)
+    return model, torch.randn(batch, 3, size, size)
+
+
 def once(name: str, image: int, batch: int, factor: float) -> dict[str, float]:
     """One capture and one compile in this process."""
     import torch
-    import torchvision
-    from architectures import randomize
 
     import fxfib
     from fxfib.capture import capture
 
-    torch.manual_seed(0)
-    model: torch.nn.Module = torchvision.models.get_model(name, weights=None).eval()
-    randomize(model)
-    inputs = torch.randn(batch, 3, image, image)
+    model, inputs = build(name, image, batch)
     if factor != 1.0:
         model = fxfib.lift(model, factor, (inputs,))
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / MIB
@@ -105,10 +148,10 @@ def earlier(path: Path) -> list[dict[str, Any]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, replace the rows of these models in the CSV."""
+    """Measure, print, replace the rows of these models and factors in the CSV."""
     parser = argparse.ArgumentParser(description="seconds and peak memory of a compile")
     parser.add_argument("models", nargs="*", default=["resnet50"])
-    parser.add_argument("--image", type=int, default=224)
+    parser.add_argument("--image", type=int, default=224, help="side, or number of tokens")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--factors", type=float, nargs="*", default=[1.0, 1.5])
@@ -139,7 +182,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{row['compile_s_max']:.2f}); peak beyond capture "
                 f"{row['peak_beyond_capture_over_weights']:.2f} x weights"
             )
-    kept = [row for row in earlier(options.output) if row["model"] not in options.models]
+    again = {(row["model"], row["lifted_by"]) for row in rows}
+    kept = [
+        row
+        for row in earlier(options.output)
+        if (row["model"], float(row["lifted_by"])) not in again
+    ]
     with options.output.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()

@@ -20,7 +20,7 @@ from fxfib.copies import Copies
 from fxfib.errors import InputError, VerifyError
 from fxfib.modules import FibrationModule, raise_modules, unshare
 from fxfib.passes.forward import Analysis
-from fxfib.passes.plan import Plan
+from fxfib.passes.plan import Plan, tied_tables
 from fxfib.passes.rewrite import Rewriter
 from fxfib.passes.verify import TOLERANCE, difference
 
@@ -79,7 +79,8 @@ def lift(
     captured = capture(module, example_inputs, example_kwargs)
     skipped = skipped_nodes(captured.graph_module, skip_patterns(skip))
     analysis = Analysis(captured.graph_module, skip=skipped).run()
-    plan = Plan(analysis, dict(Copies(analysis, factor, zero_sum, seed).layouts()), {}, {})
+    layouts = dict(Copies(analysis, factor, zero_sum, seed).layouts())
+    plan = Plan(analysis, layouts, {}, {}, tied_tables(analysis))
     lifted = raise_modules(Rewriter(plan).run(), captured)
     lifted.train(captured.source.training)
     if verify:

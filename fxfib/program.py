@@ -10,7 +10,8 @@ from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec
 from fxfib.errors import CaptureError, RefusedError
 from fxfib.functionalize import functionalize
 from fxfib.graph_tools import DROPOUTS, where
-from fxfib.simplify import simplify
+from fxfib.simplify import eliminate_dead_code, simplify
+from fxfib.written_out import gather_norms
 
 aten = torch.ops.aten
 
@@ -43,6 +44,8 @@ def to_graph_module(model: nn.Module, program: ExportedProgram) -> tuple[fx.Grap
     if functionalize(graph):
         notes.append("the model changes an input in place; the captured graph does not")
     simplify(graph, root)
+    gather_norms(graph)
+    eliminate_dead_code(graph)
     if not any(node.op == "call_function" for node in graph.nodes):
         raise RefusedError(f"{type(model).__name__} has no operations (an empty module).")
     graph.lint()

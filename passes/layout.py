@@ -144,6 +144,29 @@ class Mixed:
 
 
 @dataclass(frozen=True, eq=False)
+class Times:
+    """Another map, then a factor for every slot."""
+
+    reducer: Reducer
+    factors: Floats
+
+    @property
+    def full(self) -> int:
+        return self.reducer.full
+
+    @property
+    def identity(self) -> bool:
+        return self.reducer.identity and bool(np.all(self.factors == 1.0))
+
+    def apply(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
+        shape = [1] * tensor.ndim
+        shape[axis] = -1
+        factors = torch.from_numpy(self.factors).reshape(shape).to(tensor.device)
+        reduced = self.reducer.apply(tensor, axis)
+        return (reduced.to(torch.float64) * factors).to(tensor.dtype)
+
+
+@dataclass(frozen=True, eq=False)
 class MergeLayout(Layout):
     """Many nodes, one slot."""
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import fx
@@ -13,6 +13,8 @@ from fxfib.passes.forward import Analysis, PendingAxis, initial_layout
 from fxfib.passes.layout import Layout, MergeLayout, merge_layout
 from fxfib.passes.liveness import live_nodes
 from fxfib.passes.relations import Full, Keep, Ref, Refine
+from fxfib.passes.rules import find_rule
+from fxfib.passes.rules.linear import Embedding, LinearMap
 from fxfib.passes.solve import Solver
 from fxfib.signature import Form
 
@@ -26,12 +28,15 @@ class Plan:
         layouts: slots of every axis that a relation names.
         weights: for a node, what makes its members comparable (see ``Average``); missing: nothing.
         reasons: why an axis keeps its full width.
+        tables: for an embedding's table that linear layers read, too, the embedding.  It is stored
+            as the embedding needs it (columns averaged), and these layers count what they read.
     """
 
     analysis: Analysis
     layouts: dict[Ref, Layout]
     weights: dict[fx.Node, Floats]
     reasons: dict[Ref, str]
+    tables: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
     def layout(self, node: fx.Node, axis: int | str) -> Layout:
         """Slots of an axis; every node its own where no relation names it."""
@@ -53,7 +58,8 @@ def make_plan(analysis: Analysis, round_to: int | None = None) -> Plan:
         analysis: a finished forward coloring.
         round_to: keep every merged width a multiple of this number where the original allows it.
     """
-    guard_shared_parameters(analysis)
+    tables = tied_tables(analysis)
+    guard_shared_parameters(analysis, tables)
     live = live_nodes(analysis)
     inner = [Keep(ref, mask) for ref, mask in live.items() if isinstance(ref[1], str)]
     solver = Solver([*analysis.relations, *inner], lambda ref: initial_layout(analysis, live, ref))
@@ -61,7 +67,7 @@ def make_plan(analysis: Analysis, round_to: int | None = None) -> Plan:
     layouts: dict[Ref, Layout] = {
         ref: merge_layout(ids, solver.keep[ref]) for ref, ids in solver.ids.items()
     }
-    return Plan(analysis, layouts, comparable(analysis), solver.reasons)
+    return Plan(analysis, layouts, comparable(analysis), solver.reasons, tables)
 
 
 def comparable(analysis: Analysis) -> dict[fx.Node, Floats]:
@@ -94,7 +100,27 @@ def comparable(analysis: Analysis) -> dict[fx.Node, Floats]:
     return weights
 
 
-def guard_shared_parameters(analysis: Analysis) -> None:
+def tied_tables(analysis: Analysis) -> dict[fx.Node, fx.Node]:
+    """Embedding tables that are the weights of linear layers, too: the table and its embedding."""
+    found = {}
+    for table in analysis.graph_module.graph.find_nodes(op="get_attr"):
+        embeddings, heads = [], []
+        for user in table.users:
+            rule = find_rule(user)
+            if isinstance(rule, Embedding) and user.args[0] is table:
+                embeddings.append(user)
+            elif isinstance(rule, LinearMap) and not analysis.is_constant(user):
+                _, weight, bias, out = rule.operands(analysis, user)
+                if weight is table and bias is not table and out == 0:
+                    heads.append(user)
+        followed = not any(user in analysis.opaque for user in table.users)
+        everybody = len(embeddings) + len(heads) == len(table.users)
+        if embeddings and heads and everybody and followed:
+            found[table] = embeddings[0]
+    return found
+
+
+def guard_shared_parameters(analysis: Analysis, tables: Mapping[fx.Node, fx.Node]) -> None:
     """A parameter read by several ops gets one decision: nothing is folded into it that is not
     the same for all of them.
     """
@@ -105,7 +131,8 @@ def guard_shared_parameters(analysis: Analysis) -> None:
             continue
         kinds = {str(reader.target) for reader in readers}
         tensors = analysis.shape(parameter)
-        if len(kinds) > 1 or any(analysis.is_constant(u) for u in parameter.users):
+        mixed = len(kinds) > 1 and parameter not in tables
+        if mixed or any(analysis.is_constant(u) for u in parameter.users):
             reason = f"the parameter {parameter.target} is shared by different ops"
             analysis.relate(*(Full((parameter, axis), reason) for axis in range(len(tensors))))
         for reader in readers:

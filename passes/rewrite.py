@@ -83,6 +83,15 @@ class Rewriter:
         dtype = node.meta["val"].dtype
         return self.new_constant(node, weights.reshape(shape), "count", dtype=dtype)
 
+    def mean_square_gain(self, node: fx.Node, axis: int) -> Floats:
+        """``[slots]``: times these, a mean of squares over the slots is the one over all nodes.
+
+        Numbers of the node's dtype, so that what divides by them meets the same numbers.
+        """
+        counts = self.layout(node, axis).counts
+        gain = torch.from_numpy(np.sqrt(counts * len(counts) / self.analysis.shape(node)[axis]))
+        return np.asarray(gain.to(node.meta["val"].dtype).to(torch.float64).numpy())
+
     def dropped_constants(
         self, source: fx.Node, axis: int, weight: fx.Node, *, inputs: int
     ) -> torch.Tensor | None:

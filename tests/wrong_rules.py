@@ -129,6 +129,37 @@ def layer_norm_uncounted(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(layout.Layout, "even", property(lambda self: True))
 
 
+@wrong("RMSNorm", "equal", "not_affine", "written_out", "divided")
+def rms_norm_uncounted(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(layout.Layout, "even", property(lambda self: True))
+
+
+@wrong("RMSNorm", "equal", "written_out")
+def gain_of_a_norm_kept(patch: pytest.MonkeyPatch) -> None:
+    """The inputs are scaled by what they count for, and the result is not scaled back."""
+    patch.setattr(norm, "Times", lambda reducer, factors: reducer)
+    patch.setattr(norm.np, "broadcast_to", lambda array, shape: np.ones(shape))
+
+
+@wrong("LayerNorm", "equal", "two_axes")
+def mean_of_a_norm_uncounted(patch: pytest.MonkeyPatch) -> None:
+    def plain(rewriter: Any, node: Any, value: Any, axis: int, axes: Any) -> Any:
+        return rewriter.call(torch.ops.aten.mean.dim, (value, list(axes), True))
+
+    patch.setattr(norm, "weighted_mean", plain)
+
+
+@wrong("Embedding", "tied_equal")
+def tied_head_uncounted(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(
+        rewrite.Rewriter,
+        "counts",
+        lambda self, node, axis, rank, total=False: self.new_constant(
+            node, np.ones((1,) * rank), "count", dtype=node.meta["val"].dtype
+        ),
+    )
+
+
 @wrong("GroupNorm", "one", "two")
 def group_norm_uncounted(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(layout.Layout, "even", property(lambda self: True))

@@ -67,38 +67,48 @@ class GroupNorm(Rule):
             return rewriter.repeat(node, constants=reduced)
         rank = len(rewriter.analysis.shape(source))
         size = rewriter.size(node, 1)
-        positions = list(range(3, rank + 1))
+        positions = list(range(2, rank))
         shape = rewriter.shape_arguments(source)
-        split = rewriter.call(
-            aten.view.default,
-            (rewriter.new(source), [shape[0], groups, size // groups, *shape[2:]]),
-        )
+        per_group = [shape[0], groups, size // groups]
         counts = rewriter.layout(node, 1).counts.reshape(groups, -1)
         share = rewriter.new_constant(
             node,
-            (counts / counts.sum(1, keepdims=True)).reshape(1, groups, -1, *[1] * len(positions)),
+            (counts / counts.sum(1, keepdims=True))[None],
             "share",
             dtype=source.meta["val"].dtype,
         )
 
         def average(value: fx.Node) -> fx.Node:
+            # Over the positions first: then a number a channel is left to be weighted.
+            if positions:
+                value = rewriter.call(aten.mean.dim, (value, positions))
+            value = rewriter.call(aten.view.default, (value, per_group))
             weighted = rewriter.call(aten.mul.Tensor, (value, share))
-            total = rewriter.call(aten.sum.dim_IntList, (weighted, [2], True))
-            return rewriter.call(aten.mean.dim, (total, positions, True)) if positions else total
+            return rewriter.call(aten.sum.dim_IntList, (weighted, [2], True))
 
-        centered = rewriter.call(aten.sub.Tensor, (split, average(split)))
-        variance = average(rewriter.call(aten.mul.Tensor, (centered, centered)))
+        def spread(value: fx.Node) -> fx.Node:
+            value = rewriter.call(aten.expand.default, (value, per_group))
+            return rewriter.call(
+                aten.reshape.default, (value, [shape[0], size, *[1] * len(positions)])
+            )
+
+        def by_channel(parameter: fx.Node) -> fx.Node:
+            return rewriter.call(aten.view.default, (parameter, [1, size, *[1] * len(positions)]))
+
+        x = rewriter.new(source)
+        x = rewriter.call(aten.sub.Tensor, (x, spread(average(x))))
+        variance = average(rewriter.call(aten.mul.Tensor, (x, x)))
         scale = rewriter.call(
             aten.rsqrt.default, (rewriter.call(aten.add.Tensor, (variance, bound["eps"])),)
         )
-        result = rewriter.call(aten.mul.Tensor, (centered, scale))
-        result = rewriter.call(aten.view.default, (result, [shape[0], size, *shape[2:]]))
-        for op, parameter in ((aten.mul.Tensor, bound["weight"]), (aten.add.Tensor, bound["bias"])):
-            if parameter is not None:
-                affine = rewriter.call(
-                    aten.view.default, (reduced[parameter], [1, size, *[1] * (rank - 2)])
-                )
-                result = rewriter.call(op, (result, affine))
+        scale = spread(scale)
+        if bound["weight"] is not None:
+            gain = by_channel(reduced[bound["weight"]])
+            scale = rewriter.call(aten.mul.Tensor, (scale, gain))
+        result = rewriter.call(aten.mul.Tensor, (x, scale))
+        if bound["bias"] is not None:
+            offset = by_channel(reduced[bound["bias"]])
+            result = rewriter.call(aten.add.Tensor, (result, offset))
         return result
 
     def examples(self) -> Iterable[Any]:

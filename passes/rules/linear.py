@@ -99,7 +99,14 @@ class LinearMap(Rule):
         last = len(rewriter.analysis.shape(source)) - 1
         axis = len(rewriter.analysis.shape(node)) - 1
         rows, columns = rewriter.rows(node, axis), rewriter.columns(source, last)
+        embedding = rewriter.plan.tables.get(weight)
+        if embedding is not None:
+            # One tensor for both: an embedding's columns are averages, and here every one counts.
+            columns = rewriter.rows(embedding, len(rewriter.analysis.shape(embedding)) - 1)
         reduced = {weight: rewriter.constant(weight, {out: rows, 1 - out: columns})}
+        if embedding is not None and np.any(rewriter.layout(source, last).counts != 1.0):
+            counts = rewriter.counts(source, last, last + 1, total=True)
+            reduced[source] = rewriter.call(aten.mul.Tensor, (rewriter.new(source), counts))
         extra = rewriter.dropped_constants(source, last, weight, inputs=1 - out)
         if bias is not None and (extra is not None or len(rewriter.analysis.shape(bias)) == 1):
             whole = rewriter.analysis.shape(bias) != (rows.full,)

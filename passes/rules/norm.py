@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from fxfib.coloring import Factor, Floats, Value, opened
+from fxfib.passes.layout import Times
 from fxfib.passes.relations import Even, Keep, Refine, Same
 from fxfib.passes.rules.base import Barrier, Rule, overloads, register
 from fxfib.signature import Form, color_form
@@ -29,6 +30,25 @@ def parameter_values(analysis: Analysis, node: Any, size: int, default: float) -
     if not analysis.is_constant(node):
         raise Barrier("its parameters are computed from the input")
     return analysis.constant(node).to(torch.float64).numpy()
+
+
+def weighted_mean(
+    rewriter: Rewriter, node: fx.Node, value: fx.Node, axis: int, axes: Iterable[int]
+) -> fx.Node:
+    """The mean over all original positions of some axes (kept, of size 1), of which one merged.
+
+    Args:
+        node: the original op, of the value's original shape.
+        value: a new node.
+        axis: the merged axis; every slot counts as often as it was merged.
+        axes: all axes of the mean.
+    """
+    others = [a for a in axes if a != axis]
+    if others:  # first, so that few numbers are left to be weighted
+        value = rewriter.call(aten.mean.dim, (value, others, True))
+    share = rewriter.counts(node, axis, len(rewriter.analysis.shape(node)))
+    weighted = rewriter.call(aten.mul.Tensor, (value, share))
+    return rewriter.call(aten.sum.dim_IntList, (weighted, [axis], True))
 
 
 class AxisNorm(Rule):
@@ -117,33 +137,38 @@ class AxisNorm(Rule):
         rank = len(rewriter.analysis.shape(source))
         axes = range(rank - count, rank)
         merged = [a for a in axes if not rewriter.layout(node, a).identity]
+        even = all(rewriter.layout(node, a).even for a in merged)
         reduced = {
             p: rewriter.constant(p, {a - (rank - count): rewriter.first(node, a) for a in merged})
             for p in (weight, bias)
-            if p is not None
+            if p is not None and (even or p is bias)
         }
-        if all(rewriter.layout(node, a).even for a in merged):
+        if even:
             shape = [rewriter.size(node, a) for a in axes]
             return rewriter.repeat(node, constants=reduced, changed={"normalized_shape": shape})
         (axis,) = merged
         x = rewriter.new(source)
-        share = rewriter.counts(node, axis, rank)
-        others = [a for a in axes if a != axis]
-
-        def average(value: fx.Node) -> fx.Node:
-            weighted = rewriter.call(aten.mul.Tensor, (value, share))
-            total = rewriter.call(aten.sum.dim_IntList, (weighted, [axis], True))
-            return rewriter.call(aten.mean.dim, (total, others, True)) if others else total
-
         if self.centered:
-            x = rewriter.call(aten.sub.Tensor, (x, average(x)))
-        variance = average(rewriter.call(aten.mul.Tensor, (x, x)))
-        if eps is None:
-            eps = torch.finfo(source.meta["val"].dtype).eps
-        shifted = rewriter.call(aten.add.Tensor, (variance, eps))
-        result = rewriter.call(aten.mul.Tensor, (x, rewriter.call(aten.rsqrt.default, (shifted,))))
-        if weight is not None:
-            result = rewriter.call(aten.mul.Tensor, (result, reduced[weight]))
+            x = rewriter.call(aten.sub.Tensor, (x, weighted_mean(rewriter, node, x, axis, axes)))
+        # Slot c stands for n_c of N nodes.  Times the root of n_c / N (times the number of slots),
+        # the mean of squares over the slots is the one over the nodes: an RMS norm as it is, which
+        # is one op in ONNX and in torch, where sums with weights are not.
+        gain = rewriter.mean_square_gain(node, axis)
+        shape = [rewriter.size(node, a) for a in axes]
+        own = axis - (rank - count)
+        along = [1] * rank
+        along[axis] = -1
+        dtype = source.meta["val"].dtype
+        scale = rewriter.new_constant(node, gain.reshape(along), "gain", dtype=dtype)
+        x = rewriter.call(aten.mul.Tensor, (x, scale))
+        if weight is None:
+            along = [1] * count
+            along[own] = -1
+            inverse = np.broadcast_to(1.0 / gain.reshape(along), shape).copy()
+            affine = rewriter.new_constant(node, inverse, "inverse_gain", dtype=dtype)
+        else:
+            affine = rewriter.constant(weight, {own: Times(rewriter.first(node, axis), 1.0 / gain)})
+        result = rewriter.call(aten.rms_norm.default, (x, shape, affine, eps))
         if bias is not None:
             result = rewriter.call(aten.add.Tensor, (result, reduced[bias]))
         return result

@@ -12,6 +12,7 @@ from torch import fx
 from fxfib.coloring import Value, opened
 from fxfib.passes.relations import Even, Keep, Ref, Refine, Same
 from fxfib.passes.rules.base import Barrier, Mask, Rule, overloads, register
+from fxfib.passes.rules.norm import weighted_mean
 
 if TYPE_CHECKING:
     from fxfib.passes.forward import Analysis
@@ -111,13 +112,7 @@ class Mean(Reduction):
         if axis is None or rewriter.layout(source, axis).even:
             return rewriter.repeat(node)
         reduced, keep = self.reduced(rewriter.analysis, node)
-        rank = len(rewriter.analysis.shape(source))
-        share = rewriter.counts(source, axis, rank)
-        weighted = rewriter.call(aten.mul.Tensor, (rewriter.new(source), share))
-        total = rewriter.call(aten.sum.dim_IntList, (weighted, [axis], True))
-        others = sorted(reduced - {axis})
-        if others:
-            total = rewriter.call(aten.mean.dim, (total, others, True))
+        total = weighted_mean(rewriter, source, rewriter.new(source), axis, sorted(reduced))
         if keep:
             return total
         for gone in sorted(reduced, reverse=True):

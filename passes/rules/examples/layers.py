@@ -80,7 +80,42 @@ def embedding() -> list[Example]:
         labels = expected(scaled=True, constant=True, near=near)
         found.append(Example(f"near={near}", model, (torch.tensor([[0, 3, 5], [6, 1, 2]]),),
                              {("0.weight", 1): labels}))  # fmt: skip
+    for miss in ("", "table", "branch"):
+        slots = {("table.weight", 1): expected(unread=False, near=bool(miss))}
+        tokens = torch.tensor([[0, 3, 5], [6, 1, 2]])
+        found.append(Example(f"tied_{miss or 'equal'}", TiedHead(miss).eval(), (tokens,), slots))
     return found
+
+
+class TiedHead(nn.Module):
+    """A table that makes a residual stream and reads it again, behind a norm."""
+
+    def __init__(self, miss: str) -> None:
+        super().__init__()
+        generator = generator_of(6)
+        self.table = nn.Embedding(7, CHANNELS, dtype=torch.float64)
+        self.up = fill(nn.Linear(CHANNELS, 5, dtype=torch.float64), generator)
+        self.down = fill(nn.Linear(5, CHANNELS, dtype=torch.float64), generator)
+        self.norm = nn.RMSNorm(CHANNELS, eps=0.01, dtype=torch.float64)
+        labels = list(expected(unread=False))
+        for parameter, axis in (
+            (self.table.weight, 1),
+            (self.down.get_parameter("weight"), 0),
+            (self.down.get_parameter("bias"), 0),
+            (self.norm.weight, 0),
+        ):
+            parameter.data = parameter.data.index_select(axis, torch.tensor(labels)).contiguous()
+        self.norm.weight.data = per_class(generator)
+        if miss == "table":
+            self.table.weight.data[3, NEAR] += 0.25
+        if miss == "branch":
+            self.down.get_parameter("bias").data[NEAR] += 0.25
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Scores of the seven tokens."""
+        x = self.table(tokens)
+        x = x + self.down(torch.relu(self.up(x)))
+        return nn.functional.linear(self.norm(x), self.table.weight)
 
 
 def convolution() -> list[Example]:

@@ -68,6 +68,15 @@ def compensated() -> Example:
     return cases.example("compensated")
 
 
+# The first is known as the norm that it is, the second is a mean and a quotient.
+WRITTEN_OUT: dict[str, Op] = {
+    "written_out": lambda x, w: (
+        w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 0.01)).to(w.dtype)
+    ),
+    "divided": lambda x, w: w * x / torch.sqrt(x.square().mean(-1, keepdim=True) + 0.01),
+}
+
+
 def axis_norm(centered: bool) -> list[Example]:
     """Layer or RMS norm on and off the channel axis; uneven classes are counted."""
     cases = Cases("sequence")
@@ -101,6 +110,14 @@ def axis_norm(centered: bool) -> list[Example]:
         cases.add("two_axes",
                   With(lambda x, w, b: F.layer_norm(x, (7, CHANNELS), w, b), two, two / 3),
                   on, unread=())  # fmt: skip
+    else:
+        gain = per_class(generator_of(46))
+        for name, op in WRITTEN_OUT.items():
+            cases.add(name, With(op, gain), on, unread=())
+        # Behind it only a function that is not homogeneous tells a gain from another.
+        near = With(WRITTEN_OUT["written_out"], per_class(generator_of(46), near=True))
+        cases.add("written_out_near", nn.Sequential(near, nn.Tanh()),
+                  expected(unread=False, near=True), unread=())  # fmt: skip
     off = nn.Sequential(nn.ReLU(), Turned(norm(shape=(7,))))
     cases.add("off", off, expected(unread=False))
     return [cases.example("norm")]
