@@ -48,7 +48,7 @@ def _rms_norm_of(node: fx.Node) -> tuple[fx.Node, float] | None:
         plain = not shifted.kwargs and not mean.kwargs and len(mean.args) < 4  # type: ignore[union-attr]
         same = value.dtype == value_of(node).dtype and value.shape == value_of(node).shape
         if plain and same and fixed_size(value.shape[-1]) is not None and _squares(square, source):
-            return source, float(shifted.args[1])  # type: ignore[union-attr, arg-type]
+            return source, float(shifted.args[1])  # type: ignore[union-attr]
     return None
 
 

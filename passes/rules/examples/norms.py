@@ -115,8 +115,8 @@ def axis_norm(centered: bool) -> list[Example]:
         for name, op in WRITTEN_OUT.items():
             cases.add(name, With(op, gain), on, unread=())
         # Behind it only a function that is not homogeneous tells a gain from another.
-        near = With(WRITTEN_OUT["written_out"], per_class(generator_of(46), near=True))
-        cases.add("written_out_near", nn.Sequential(near, nn.Tanh()),
+        missed = With(WRITTEN_OUT["written_out"], per_class(generator_of(46), near=True))
+        cases.add("written_out_near", nn.Sequential(missed, nn.Tanh()),
                   expected(unread=False, near=True), unread=())  # fmt: skip
     off = nn.Sequential(nn.ReLU(), Turned(norm(shape=(7,))))
     cases.add("off", off, expected(unread=False))
