@@ -12,6 +12,7 @@ from fxfib._version import __version__
 if TYPE_CHECKING:  # what `__getattr__` below loads, for editors and type checkers
     from fxfib import errors
     from fxfib.api import color, compile
+    from fxfib.dynamo import backend
     from fxfib.errors import (
         CaptureError,
         ExportError,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:  # what `__getattr__` below loads, for editors and type checke
     from fxfib.serialize import load, save
 
 _HOME = {
+    "backend": "fxfib.dynamo",
     "color": "fxfib.api",
     "compile": "fxfib.api",
     "export_onnx": "fxfib.onnx",
@@ -46,6 +48,7 @@ __all__ = [
     "Report",
     "VerifyError",
     "__version__",
+    "backend",
     "color",
     "compile",
     "errors",

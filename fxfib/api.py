@@ -142,7 +142,6 @@ def compile_now(
         plan, rewritten = shrink(captured.graph_module, eps, criterion, round_to, skip, step)
         step("verify")
         small = raise_modules(rewritten, captured)
-        small.train(captured.source.training)
         report = report_of(captured, plan, rewritten, eps, criterion)
         if verify:
             inputs = normalize_inputs(captured.source, example_inputs, example_kwargs)

@@ -12,7 +12,6 @@ from fxfib._version import __version__
 from fxfib.capture import Captured
 from fxfib.errors import VerifyError
 from fxfib.macs import macs_of
-from fxfib.modules import FibrationModule
 from fxfib.passes.groups import groups_of
 from fxfib.passes.plan import Plan
 from fxfib.passes.rules.base import hint
@@ -68,7 +67,7 @@ def verified(
     report: Report,
     captured: Captured,
     rewritten: fx.GraphModule,
-    small: FibrationModule,
+    small: nn.Module,
     inputs: tuple[tuple[Any, ...], dict[str, Any]],
 ) -> Report:
     """The report with measured errors.

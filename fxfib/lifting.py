@@ -82,7 +82,6 @@ def lift(
     layouts = dict(Copies(analysis, factor, zero_sum, seed).layouts())
     plan = Plan(analysis, layouts, {}, {}, tied_tables(analysis))
     lifted = raise_modules(Rewriter(plan).run(), captured)
-    lifted.train(captured.source.training)
     if verify:
         args, kwargs = normalize_inputs(captured.source, example_inputs, example_kwargs)
         with torch.no_grad():
