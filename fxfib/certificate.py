@@ -13,6 +13,7 @@ from fxfib.capture import Captured
 from fxfib.errors import VerifyError
 from fxfib.macs import macs_of
 from fxfib.passes.groups import groups_of
+from fxfib.passes.picture import layers_of
 from fxfib.passes.plan import Plan
 from fxfib.passes.rules.base import hint
 from fxfib.passes.verify import TOLERANCE, Difference, difference, run_float64
@@ -46,6 +47,7 @@ def report_of(
     batch = _batch(captured)
     tensors: list[torch.Tensor] = [*captured.source.parameters()] or [*captured.source.buffers()]
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in tensors})
+    groups = groups_of(plan)
     return Report(
         model=type(captured.source).__name__,
         eps=eps,
@@ -56,10 +58,11 @@ def report_of(
         parameters_after=_parameters(rewritten),
         macs_before=macs_of(captured.graph_module) // batch,
         macs_after=macs_of(rewritten) // batch,
-        groups=groups_of(plan),
+        groups=groups,
         refusals=tuple(plan.analysis.refusals),
         notes=(*captured.notes, *_unused(captured)),
         versions={"fxfib": __version__, "torch": torch.__version__},
+        layers=layers_of(plan, groups, rewritten),
     )
 
 

@@ -83,8 +83,7 @@ def _compile(options: argparse.Namespace) -> None:
     if options.onnx:
         _export_onnx(small, options.onnx, args, kwargs, options.opset)
     if options.report:
-        as_json = Path(options.report).suffix == ".json"
-        _write_text(Path(options.report), (report.to_json() if as_json else str(report)) + "\n")
+        _write_report(report, Path(options.report))
         _note(f"wrote {options.report}")
     print(report.to_json() if options.json else report)
 
@@ -118,7 +117,19 @@ def _report(options: argparse.Namespace) -> None:
         report = fxfib.load(path).fibration
         if report is None:
             raise LoadError(f"{path} carries no report")
+    if options.html:
+        _check_writable(options.html)
+        report.to_html(options.html)
+        _note(f"wrote {options.html}")
     print(report.to_json() if options.json else report)
+
+
+def _write_report(report: "fxfib.Report", path: Path) -> None:
+    if path.suffix in (".html", ".htm"):
+        report.to_html(path)
+    else:
+        text = report.to_json() if path.suffix == ".json" else str(report)
+        _write_text(path, text + "\n")
 
 
 def _load(options: argparse.Namespace) -> "Source":
@@ -212,7 +223,9 @@ def _parser() -> argparse.ArgumentParser:
     compile_.add_argument("--onnx", metavar="FILE", help="export the result to ONNX as well")
     compile_.add_argument("--opset", type=_positive, metavar="N", help="ONNX opset")
     compile_.add_argument(
-        "--report", metavar="FILE", help="write the report, as JSON if it ends in .json"
+        "--report",
+        metavar="FILE",
+        help="write the report: a page if it ends in .html, JSON in .json, text otherwise",
     )
     compile_.add_argument(
         "--progress",
@@ -234,6 +247,7 @@ def _parser() -> argparse.ArgumentParser:
 
     report = _command(commands, "report", _report, "print the report of a compiled model")
     report.add_argument("file", help="a saved fxfib file or a report in JSON")
+    report.add_argument("--html", metavar="FILE", help="write it as a page, one file")
     return parser
 
 

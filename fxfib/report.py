@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from fxfib import layers as layer_data
+from fxfib.layers import Layer
 from fxfib.passes.forward import Refusal
 
 
@@ -53,6 +56,7 @@ class Report:
         notes: what else a user should know.
         versions: of the packages that made this.
         seconds: capture and compile times.
+        layers: of every layer where each of its nodes went.
     """
 
     model: str
@@ -73,10 +77,13 @@ class Report:
     notes: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    layers: tuple[Layer, ...] = field(default=(), repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts."""
-        return dict(json.loads(json.dumps(asdict(self))))
+        data = asdict(self)
+        data["layers"] = [layer_data.to_dict(layer) for layer in data["layers"]]
+        return dict(json.loads(json.dumps(data)))
 
     def to_json(self) -> str:
         """The same as JSON text."""
@@ -92,7 +99,33 @@ class Report:
         )
         values["refusals"] = tuple(Refusal(**r) for r in values.get("refusals", ()))
         values["notes"] = tuple(values.get("notes", ()))
+        values["layers"] = tuple(Layer.from_dict(layer) for layer in values.get("layers", ()))
         return cls(**values)
+
+    def to_html(self, path: str | os.PathLike[str], benchmark: Any = None) -> None:
+        """Write the report as one page that needs no network: the model as a colored graph, layers,
+        groups, certificate, refusals and, where they are known, frontier and latency.
+
+        Args:
+            path: of the file; it appears when it is complete.
+            benchmark: what :func:`fxfib.benchmark` returned.
+
+        Raises:
+            ExportError: the file cannot be written.
+        """
+        from fxfib.page import write_page
+
+        write_page(self, path, benchmark)
+
+    def plot(self) -> list[Any]:
+        """Matplotlib figures: the groups, the layers and, where there is one, the frontier.
+
+        Raises:
+            InputError: matplotlib is not installed (``pip install 'fxfib[plot]'``).
+        """
+        from fxfib.figures import figures
+
+        return figures(self)
 
     @property
     def merged_groups(self) -> tuple[Group, ...]:

@@ -100,6 +100,7 @@ def test_wheel_holds_every_module_and_nothing_else(wheel_names: set[str], reposi
     expected = {f"fxfib/{name}" for name in python_files(repository / "fxfib")}
     expected |= {f"fxfib/passes/{name}" for name in python_files(repository / "passes")}
     expected |= {f"fxfib/kernels/{name}" for name in python_files(repository / "kernels")}
+    expected |= {f"fxfib/html/{file.name}" for file in (repository / "fxfib" / "html").iterdir()}
     expected.add("fxfib/py.typed")
     packaged = {name for name in wheel_names if ".dist-info/" not in name}
     assert packaged == expected

@@ -1,0 +1,66 @@
+"""The report as one HTML page: data, style and script in one file, nothing from the network."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fxfib.files import move_into_place, staging_folder
+
+if TYPE_CHECKING:
+    from fxfib.report import Report
+
+_FOLDER = Path(__file__).resolve().parent / "html"
+# Longer names are cut in the page: nobody reads them there, and the JSON report has them whole.
+LONGEST_NAME = 200
+
+
+def write_page(report: Report, path: str | os.PathLike[str], benchmark: Any = None) -> None:
+    """Write the page; see :meth:`fxfib.Report.to_html`."""
+    target = Path(path)
+    with staging_folder(target) as folder:
+        staged = folder / target.name
+        staged.write_text(page(report, benchmark), encoding="utf-8")
+        move_into_place(staged, target)
+
+
+def page(report: Report, benchmark: Any = None) -> str:
+    """The page as text.
+
+    Everything that comes from a model is data: the script puts it into the page as text only, and
+    no name can end the element that holds it.
+    """
+    data = report.to_dict()
+    data["benchmark"] = None if benchmark is None else benchmark.to_dict()
+    text = json.dumps(_cut(data), separators=(",", ":"), allow_nan=False, default=str)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    parts = {
+        "STYLE": (_FOLDER / "page.css").read_text(encoding="utf-8"),
+        "DATA": text,
+        "SCRIPT": "\n".join(
+            (_FOLDER / name).read_text(encoding="utf-8")
+            for name in ("base.js", "graph.js", "sections.js")
+        ),
+    }
+    before, rest = (_FOLDER / "page.html").read_text(encoding="utf-8").split("{{STYLE}}")
+    middle, rest = rest.split("{{DATA}}")
+    between, after = rest.split("{{SCRIPT}}")
+    return "".join((before, parts["STYLE"], middle, parts["DATA"], between, parts["SCRIPT"], after))
+
+
+def _cut(value: Any) -> Any:
+    """Finite numbers and names of a length that a page can show."""
+    if isinstance(value, dict):
+        return {str(key): part if key in ("slots", "pixels") else _cut(part)
+                for key, part in value.items()}  # fmt: skip
+    if isinstance(value, (list, tuple)):
+        return [_cut(part) for part in value]
+    if isinstance(value, str) and len(value) > LONGEST_NAME:
+        half = LONGEST_NAME // 2
+        return f"{value[:half]} … {value[-half:]}"
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return str(value)
+    return value
