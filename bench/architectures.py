@@ -236,7 +236,11 @@ def _hugging_face(name: str) -> tuple[nn.Module, Inputs]:
 
 
 def randomize(model: nn.Module) -> None:
-    """Batch-norm statistics and affine parameters that are not those of a fresh network."""
+    """Numbers of their own where a fresh network has constants.
+
+    Batch-norm statistics, affine parameters, biases, layer scales: with all of them equal, or zero,
+    an error in what is done with them would not show.
+    """
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
@@ -244,7 +248,12 @@ def randomize(model: nn.Module) -> None:
                 continue
             module.running_mean.normal_(0, 0.1, generator=generator)
             module.running_var.uniform_(0.5, 1.5, generator=generator)
-            if module.affine:
-                with torch.no_grad():
-                    module.weight.uniform_(0.5, 1.5, generator=generator)
-                    module.bias.normal_(0, 0.1, generator=generator)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            first = parameter.reshape(-1)[:1]
+            if not parameter.is_floating_point() or bool((parameter != first).any()):
+                continue
+            if abs(float(first)) < 0.1:  # a bias, or a scale that starts near zero
+                parameter.normal_(0, 0.1, generator=generator)
+            else:
+                parameter.uniform_(0.5, 1.5, generator=generator)
