@@ -192,7 +192,7 @@ def build(name: str) -> tuple[nn.Module, Inputs]:
         source, own = "torchvision", name
     torch.manual_seed(0)
     model, inputs = {"torchvision": _torchvision, "timm": _timm, "hf": _hugging_face}[source](own)
-    randomize(model)
+    randomize(model, inputs)
     return model, inputs
 
 
@@ -235,19 +235,13 @@ def _hugging_face(name: str) -> tuple[nn.Module, Inputs]:
     return model, inputs(model)
 
 
-def randomize(model: nn.Module) -> None:
-    """Numbers of their own where a fresh network has constants.
+def randomize(model: nn.Module, inputs: Inputs) -> None:
+    """Numbers of their own where a fresh network has constants, and activations of ordinary size.
 
-    Batch-norm statistics, affine parameters, biases, layer scales: with all of them equal, or zero,
-    an error in what is done with them would not show.
+    With affine parameters, biases or layer scales all equal, an error in what is done with them
+    would not show; where activations grow from layer to layer, float32 itself means nothing.
     """
     generator = torch.Generator().manual_seed(1)
-    for module in model.modules():
-        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
-            if module.running_mean is None or module.running_var is None:
-                continue
-            module.running_mean.normal_(0, 0.1, generator=generator)
-            module.running_var.uniform_(0.5, 1.5, generator=generator)
     with torch.no_grad():
         for parameter in model.parameters():
             first = parameter.reshape(-1)[:1]
@@ -256,4 +250,23 @@ def randomize(model: nn.Module) -> None:
             if abs(float(first)) < 0.1:  # a bias, or a scale that starts near zero
                 parameter.normal_(0, 0.1, generator=generator)
             else:
-                parameter.uniform_(0.5, 1.5, generator=generator)
+                parameter.uniform_(0.2, 0.8, generator=generator)
+
+    def settle(norm: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        """Statistics near those of what comes in."""
+        (x,) = arguments
+        x = x.transpose(0, 1).flatten(1)
+        mean, variance = x.mean(1), x.var(1, correction=0).clamp_min(0.1)
+        shift = torch.empty_like(mean).normal_(0, 0.1, generator=generator)
+        scale = torch.empty_like(mean).uniform_(0.5, 1.5, generator=generator)
+        norm.running_mean.copy_(mean + shift * variance.sqrt())  # type: ignore[operator, union-attr]
+        norm.running_var.copy_(variance * scale)  # type: ignore[operator, union-attr]
+
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    norms = [m for m in model.modules() if isinstance(m, kinds) and m.running_var is not None]
+    hooks = [norm.register_forward_pre_hook(settle) for norm in norms]
+    args, kwargs = inputs
+    with torch.no_grad():
+        model(*args, **kwargs)
+    for hook in hooks:
+        hook.remove()

@@ -1,4 +1,4 @@
-"""Chains of views and permutes that take the batch through another axis, written without the detour.
+"""Chains of views and permutes that take the batch through another axis, without the detour.
 
 ``x.reshape(B * C * n, p, m, q).transpose(1, 2).reshape(B, C, n * m, p * q)`` cuts an image into
 patches.  On the way channels and the batch are one axis, whose size nobody knows, although in the
@@ -134,7 +134,9 @@ def _rewrite(graph: fx.Graph, chain: list[fx.Node]) -> None:
         value = call(graph, aten.permute.default, (value, order), like=last)
         value = call(graph, aten.reshape.default, (value, ends), like=last)
     # What reads the chain was made for its shape.
-    if [_size(s).key for s in value_of(value).shape] != [_size(s).key for s in value_of(last).shape]:
+    if [_size(s).key for s in value_of(value).shape] != [
+        _size(s).key for s in value_of(last).shape
+    ]:
         raise AssertionError(f"{last} has another shape than before")
     last.replace_all_uses_with(value)
     for node in reversed(chain):

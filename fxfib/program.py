@@ -10,6 +10,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec
 from fxfib.errors import CaptureError, RefusedError
 from fxfib.functionalize import functionalize
 from fxfib.graph_tools import DROPOUTS, where
+from fxfib.inlining import inline_idle_regions
 from fxfib.simplify import eliminate_dead_code, simplify
 from fxfib.written_out import gather_norms
 
@@ -26,6 +27,7 @@ def to_graph_module(model: nn.Module, program: ExportedProgram) -> tuple[fx.Grap
         RefusedError: training-mode batch norm or dropout, or no operation at all.
         CaptureError: control-flow operators, or in-place changes of the model's own tensors.
     """
+    inline_idle_regions(program.graph_module)
     _refuse_nodes(program.graph)
     root = nn.Module()
     graph = fx.Graph()
@@ -102,9 +104,15 @@ def same_tensor_key(tensor: Tensor) -> tuple[Any, ...]:
 def _refuse_nodes(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.op == "get_attr" or isinstance(node.target, torch._ops.HigherOrderOperator):
-            kind = getattr(node.target, "__name__", None) or "a control-flow operator"
+            reader = next(iter(node.users), node) if node.op == "get_attr" else node
+            kind = getattr(reader.target, "__name__", None) or "a control-flow operator"
+            if kind == "wrap_with_autocast":
+                raise CaptureError(
+                    f"{where(reader)} runs under torch.autocast; leave it out and give the model "
+                    "the dtype that it shall run in, such as model.bfloat16()."
+                )
             raise CaptureError(
-                f"{where(node)} uses {kind}, which has a graph of its own and is not supported."
+                f"{where(reader)} uses {kind}, which has a graph of its own and is not supported."
             )
         if node.target is aten.batch_norm.default and node.args[5] and node.args[3] is not None:
             raise RefusedError(

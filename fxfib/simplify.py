@@ -1,13 +1,11 @@
 """Removal of what a captured graph does not need: asserts, copies, casts to itself, dead code."""
 
-import operator
-from typing import Any
-
 import torch
 from torch import Tensor, fx, nn
 
-from fxfib.graph_tools import call, fixed_size, sizes_of, value_of
+from fxfib.graph_tools import fixed_size, value_of
 from fxfib.movement_chains import straighten
+from fxfib.sizes import SHAPED_AS, name_sizes, read_sizes_off_inputs
 
 aten = torch.ops.aten
 
@@ -22,6 +20,10 @@ _IDENTITIES = frozenset(
         aten.lift_fresh_copy.default,
     }
 )
+# They give another dtype, or move to another device.
+_MOVES = frozenset(
+    {aten.to.device, aten.to.dtype, aten.to.dtype_layout, aten.to.other, aten.type_as.default}
+)
 _ASSERTS = (
     "_assert_async",
     "_assert_scalar",
@@ -33,12 +35,6 @@ _ASSERTS = (
 _RESHAPES = {
     aten.view.default: aten.reshape.default,
     aten._unsafe_view.default: aten.reshape.default,
-}
-# They read only the shape of their second tensor.
-_SHAPED_AS = {
-    aten.view_as.default: aten.reshape.default,
-    aten.reshape_as.default: aten.reshape.default,
-    aten.expand_as.default: aten.expand.default,
 }
 # They read only dtype and device of the tensor they are called on.
 _NEW = {
@@ -62,9 +58,10 @@ _LARGEST_FOLDED = 1 << 22
 def simplify(graph: fx.Graph, root: nn.Module) -> None:
     """Simplifies a functional graph in place; no value that is left changes.
 
-    Copies and asserts go, `view` becomes `reshape`, `reshape_as` and friends get numbers in place of
-    the tensor whose shape they take, `new_zeros` and friends lose the tensor they are called on, and what is computed from no input and no parameter becomes a constant:
-    a buffer of `root`, outside its `state_dict`.
+    Copies and asserts go, `view` becomes `reshape`, `reshape_as` gets numbers in place of the
+    tensor whose shape it takes, `new_zeros` and friends lose the tensor they are called on, and
+    what is computed from no input and no parameter becomes a constant: a buffer of `root`, outside
+    its `state_dict`.
     """
     for node in list(graph.nodes):
         if node.op != "call_function":
@@ -78,12 +75,14 @@ def simplify(graph: fx.Graph, root: nn.Module) -> None:
             graph.erase_node(node)
         elif node.target in _RESHAPES:
             node.target = _RESHAPES[node.target]
-        elif node.target in _SHAPED_AS:
-            _name_sizes(graph, node)
+        elif node.target in SHAPED_AS:
+            name_sizes(graph, node)
+        elif node.target is aten.type_as.default:
+            node.target, node.args = aten.to.dtype, (node.args[0], value_of(node).dtype)
         elif node.target in _NEW:
             _detach_factory(node)
     eliminate_dead_code(graph)
-    _read_sizes_off_inputs(graph)
+    read_sizes_off_inputs(graph)
     straighten(graph)
     eliminate_dead_code(graph)
     _fold_constants(graph, root)
@@ -106,7 +105,7 @@ def _is_assert(node: fx.Node) -> bool:
 
 def _is_idle_move(node: fx.Node) -> bool:
     """A move to the device where the tensor already is, at the same dtype."""
-    if node.target not in (aten.to.device, aten.to.dtype_layout, aten.to.other):
+    if node.target not in _MOVES:
         return False
     source = node.args[0]
     assert isinstance(source, fx.Node)
@@ -120,43 +119,6 @@ def _is_whole_slice(node: fx.Node) -> bool:
     given = dict(zip(("self", "dim", "start", "end", "step"), node.args, strict=False))
     whole = given.get("start") in (None, 0) and given.get("end") in (None, 2**63 - 1)
     return bool(whole and given.get("step", 1) == 1 and not node.kwargs)
-
-
-def _name_sizes(graph: fx.Graph, node: fx.Node) -> None:
-    source, other = node.args
-    assert isinstance(other, fx.Node)
-    with graph.inserting_before(node):
-        sizes = sizes_of(graph, other, node)
-    node.target = _SHAPED_AS[node.target]
-    node.args = (source, sizes)
-
-
-def _read_sizes_off_inputs(graph: fx.Graph) -> None:
-    """A free size is that of an input, times a number: no other value is read for its size alone."""
-    inputs: dict[Any, tuple[fx.Node, int]] = {}
-    for node in graph.find_nodes(op="placeholder"):
-        if isinstance(value_of(node), Tensor):
-            for axis, size in enumerate(value_of(node).shape):
-                if fixed_size(size) is None:
-                    inputs.setdefault(size.node.expr, (node, axis))
-    first = next((node for node in graph.nodes if node.op == "call_function"), None)
-    sizes: dict[Any, fx.Node] = {}
-    for node in graph.find_nodes(op="call_function", target=aten.sym_size.int):
-        size = value_of(node)
-        if node.args[0].op == "placeholder" or fixed_size(size) is not None:
-            continue
-        times, symbol = size.node.expr.as_coeff_Mul()
-        if symbol not in inputs or not times.is_Integer:
-            continue
-        assert first is not None
-        with graph.inserting_before(first):
-            if symbol not in sizes:
-                sizes[symbol] = call(graph, aten.sym_size.int, inputs[symbol], like=node)
-            if size.node.expr not in sizes:
-                product = (sizes[symbol], int(times))
-                sizes[size.node.expr] = call(graph, operator.mul, product, like=node)
-        node.replace_all_uses_with(sizes[size.node.expr])
-        graph.erase_node(node)
 
 
 def _detach_factory(node: fx.Node) -> None:

@@ -357,12 +357,14 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _leaves(node: fx.Node) -> list[fx.Node]:
     found: dict[fx.Node, None] = {}
-    pending = list(node.all_input_nodes)
+    pending, seen = list(node.all_input_nodes), set(node.all_input_nodes)
     while pending:
         source = pending.pop()
         if source.op == "get_attr":
             found[source] = None
-        pending += source.all_input_nodes
+        more = [s for s in source.all_input_nodes if s not in seen]
+        pending += more
+        seen.update(more)
     return list(found)
 
 

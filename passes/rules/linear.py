@@ -158,6 +158,11 @@ class MatrixProduct(LinearMap):
         _, weight, _, _ = self.operands(analysis, node)
         return super().reads(analysis, node, live) if analysis.is_constant(weight) else iter(())
 
+    def produces(self, analysis: Analysis, node: fx.Node) -> Iterator[tuple[str, Ref]]:
+        _, weight, _, _ = self.operands(analysis, node)
+        if analysis.is_constant(weight):
+            yield from super().produces(analysis, node)
+
     def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
         _, weight, _, _ = self.operands(rewriter.analysis, node)
         if not rewriter.analysis.is_constant(weight):

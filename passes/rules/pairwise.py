@@ -1,4 +1,4 @@
-"""Element-wise ops of several operands that no affine form goes through."""
+"""Element-wise ops of two or three operands that no affine form goes through."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fxfib.passes.rules.elementwise import Elementwise
 
 @register
 class Jointly(Elementwise):
-    """Ops of several tensors that scale when all of them do: maximum, minimum, where, lerp."""
+    """Ops of several tensors that scale when all of them do: maximum, minimum."""
 
     targets = (
         *overloads("maximum", "minimum", "fmax", "fmin"),
@@ -60,3 +60,15 @@ class Pairwise(Elementwise):
         from fxfib.passes.rules import examples
 
         return [*examples.binary("pow"), *examples.overload_cases(self.targets)]
+
+
+@register
+class Threefold(Elementwise):
+    """``x + value * y * z``, ``x + value * y / z``, ``x + weight * (y - x)``."""
+
+    targets = overloads("addcmul", "addcdiv", "lerp")
+
+    def examples(self) -> Iterable[Any]:
+        from fxfib.passes.rules import examples
+
+        return examples.threefold()

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from fxfib.coloring import Value, opened
-from fxfib.passes.relations import Even, Keep, Ref, Refine, Same
+from fxfib.passes.relations import Keep, Ref, Refine, Same
 from fxfib.passes.rules.base import Barrier, Mask, Rule, overloads, register
 from fxfib.passes.rules.norm import weighted_mean
 
@@ -100,10 +100,6 @@ class Mean(Reduction):
 
     targets = (aten.mean.dim, aten.mean.default)
     keeps_constants = True
-
-    def over_channel(self, analysis: Analysis, node: fx.Node, source: fx.Node, axis: int) -> None:
-        super().over_channel(analysis, node, source, axis)
-        analysis.relate(Even((source, axis)))
 
     def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
         axis = self.merged_axis(rewriter, node)

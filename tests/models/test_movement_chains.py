@@ -101,7 +101,9 @@ def test_channels_that_meet_the_batch_merge() -> None:
 def test_other_chains_stay_as_they_are(model: nn.Module, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
     captured = capture(model.eval(), x)
-    plain = [n.target for n in torch.export.export(model, (x,)).graph.nodes if n.op == "call_function"]
+    plain = [
+        n.target for n in torch.export.export(model, (x,)).graph.nodes if n.op == "call_function"
+    ]
     moves = {aten.permute.default, aten.transpose.int, aten.reshape.default, aten.view.default}
     assert sum(t in moves for t in targets(captured)) == sum(t in moves for t in plain)
     for batch in (2, 3, 5):

@@ -13,6 +13,7 @@ from fxfib.passes.rules.examples.elementwise import (
     glu,
     overload_cases,
     prelu,
+    threefold,
     unary,
 )
 from fxfib.passes.rules.examples.layers import convolution, embedding, linear
@@ -53,5 +54,6 @@ __all__ = [
     "recurrent",
     "reduction",
     "softmax",
+    "threefold",
     "unary",
 ]

@@ -259,6 +259,46 @@ def overload_cases(targets: Iterable[Any]) -> list[Example]:
     return [cases.example("overloads")]
 
 
+def threefold() -> list[Example]:
+    """Each of three operands decides, as a value and as a parameter."""
+    ops: dict[str, Op] = {
+        "addcmul": lambda x, y, z: torch.addcmul(x, y, z, value=0.7),
+        "addcdiv": lambda x, y, z: torch.addcdiv(x, y, z * z + 0.3, value=0.7),
+        "lerp": torch.lerp,
+    }
+    cases = Cases("sequence")
+    for name, op in ops.items():
+        for near in ({}, {0: "bias"}, {1: "weight"}):
+            labels = expected(constant=True, near=bool(near))
+            suffix = "".join(f"{a}{b}" for a, b in near.items())
+            cases.add(
+                f"{name}{suffix}",
+                lambda x, y, op=op: op(torch.tanh(x), torch.sigmoid(y), torch.tanh(x)),
+                {0: labels, 1: labels},
+                fronts=2,
+                near=near,
+            )
+        for place in range(3):
+            for missing in (False, True):
+                own = per_class(generator_of(3), near=missing)
+
+                def with_own(x: Tensor, c: Tensor, op: Op = op, place: int = place) -> Tensor:
+                    operands = [torch.tanh(x), torch.sigmoid(x)]
+                    operands.insert(place, c)
+                    result: Tensor = op(*operands)
+                    return result
+
+                cases.add(
+                    f"{name}_parameter{place}{missing}",
+                    With(with_own, own),
+                    expected(constant=True, near=missing),
+                )
+    half: Op = lambda x, y: torch.lerp(torch.tanh(x), torch.tanh(y), 0.3)  # noqa: E731
+    labels = expected(constant=True)
+    cases.add("number", half, {0: labels, 1: labels}, fronts=2)
+    return [cases.example("threefold")]
+
+
 def prelu() -> list[Example]:
     """One slope a channel, one for all; only a slope differs."""
     cases = Cases("Conv1d")
