@@ -2,18 +2,23 @@
 
     python bench/zoo.py                            # torchvision's classifiers; resumable
     python bench/zoo.py --source timm hf --pruner  # a model a family; Torch-Pruning beside it
+    python bench/zoo.py --source timm --jobs 2     # two at a time, one thread each
     python bench/zoo.py resnet50 hf:llama          # some of them, again
 
 Weights and batch-norm statistics are random.  Each model runs in a process of its own with a time
 limit, so that peak memory is its own and one failure costs one row.  Rows go to
-bench/results/zoo.csv.  ``timm``, ``transformers`` and ``torch-pruning`` must be installed for what
-they are asked for.
+bench/results/zoo.csv: ``refused`` says where nothing merges (how often, op and reason), ``widths``
+are the output nodes of all layers together.  ``timm``, ``transformers`` and ``torch-pruning`` must
+be installed for what they are asked for.
 """
 
 import argparse
+import collections
+import concurrent.futures
 import csv
 import multiprocessing
 import platform
+import re
 import resource
 import sys
 import time
@@ -25,17 +30,17 @@ RESULTS = Path(__file__).resolve().parent / "results" / "zoo.csv"
 COLUMNS = (
     "model", "captured", "verified", "recovered", "parameters", "parameters_compiled",
     "parameters_lifted", "parameters_recovered", "error_float32", "error_float64",
-    "error_recovered_float32", "error_recovered_float64", "refusals", "capture_s", "compile_s",
-    "lift_s", "compile_lifted_s", "peak_mib", "image", "machine", "torch", "torchvision", "fxfib",
-    "failure", "pruner_finished", "pruner_same_shape", "pruner_s", "pruner_parameters",
-    "pruner_failure",
+    "error_recovered_float32", "error_recovered_float64", "refusals", "refused", "widths",
+    "widths_lifted", "widths_recovered", "capture_s", "compile_s", "lift_s", "compile_lifted_s",
+    "peak_mib", "image", "machine", "torch", "library", "fxfib", "failure",
+    "pruner_finished", "pruner_same_shape", "pruner_s", "pruner_parameters", "pruner_failure",
+    "pruner",
 )  # fmt: skip
 
 
 def measure(name: str, queue: Any) -> None:
     """One row, sent through a queue piece by piece (what was reached counts)."""
     import torch
-    import torchvision
     from architectures import build
 
     import fxfib
@@ -44,7 +49,7 @@ def measure(name: str, queue: Any) -> None:
     row: dict[str, Any] = {
         "image": next((t.shape[-1] for t in (*inputs, *named.values()) if t.ndim == 4), ""),
         "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
+        "library": library(name),
         "fxfib": fxfib.__version__,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
     }
@@ -59,6 +64,8 @@ def measure(name: str, queue: Any) -> None:
             "error_float32": report.relative_error,
             "error_float64": report.exact_error,
             "refusals": len(report.refusals),
+            "refused": refused(report),
+            "widths": sum(group.nodes for group in report.groups),
             "capture_s": round(report.seconds["capture"], 2),
             "compile_s": round(report.seconds["compile"], 2),
         }
@@ -69,7 +76,11 @@ def measure(name: str, queue: Any) -> None:
         del model
         back = fxfib.compile(lifted, 0.0, inputs, example_kwargs=named).fibration
         row |= {
-            "recovered": back.parameters_after <= report.parameters_before,
+            "recovered": sum(group.fibers for group in back.groups)
+            <= sum(group.nodes for group in report.groups)
+            and back.macs_after <= report.macs_before,
+            "widths_lifted": sum(group.nodes for group in back.groups),
+            "widths_recovered": sum(group.fibers for group in back.groups),
             "parameters_lifted": back.parameters_before,
             "parameters_recovered": back.parameters_after,
             "error_recovered_float32": back.relative_error,
@@ -82,8 +93,26 @@ def measure(name: str, queue: Any) -> None:
     queue.put(row)
 
 
+def library(name: str) -> str:
+    """What a network comes from, with its version."""
+    from importlib.metadata import version
+
+    package = {"timm": "timm", "hf": "transformers"}.get(name.partition(":")[0], "torchvision")
+    return f"{package} {version(package)}"
+
+
+def refused(report: Any) -> str:
+    """Where nothing merges: op, reason and how often, the names of values left out."""
+    found = collections.Counter(
+        f"{r.op.removeprefix('aten.')}: {re.sub(r'_[0-9]+', '', r.reason)}" for r in report.refusals
+    )
+    return "; ".join(f"{count} x {what}" for what, count in found.most_common(5))
+
+
 def prune(name: str, queue: Any) -> None:
     """Torch-Pruning at a ratio of one half: does it finish, has the output its shape?"""
+    from importlib.metadata import version
+
     import torch
     import torch_pruning
     from architectures import build
@@ -113,6 +142,7 @@ def prune(name: str, queue: Any) -> None:
             "pruner_same_shape": same,
             "pruner_s": round(seconds, 2),
             "pruner_parameters": sum(p.numel() for p in model.parameters()),
+            "pruner": f"torch-pruning {version('torch-pruning')}",
         }
     )
 
@@ -146,7 +176,7 @@ def guarded(work: Callable[[str, Any], None], name: str, queue: Any) -> None:
 
 def run_one(work: Callable[[str, Any], None], name: str, limit: float) -> dict[str, Any]:
     """A model in a process of its own."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     queue = context.Queue()
     process = context.Process(target=guarded, args=(work, name, queue))
     process.start()
@@ -168,8 +198,31 @@ def run_one(work: Callable[[str, Any], None], name: str, limit: float) -> dict[s
     return row
 
 
+def row_of(name: str, old: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """The row of a model: what is there already, and what was asked for beyond."""
+    row = dict(old)
+    if not old or name in options.models:
+        row = {"model": name, **run_one(measure, name, options.limit)}
+    if options.pruner:
+        other = run_one(prune, name, options.limit)
+        if "failure" in other:
+            other = {"pruner_finished": False, "pruner_failure": other["failure"]}
+        row |= other
+    return row
+
+
+def write(path: Path, rows: dict[str, dict[str, Any]]) -> None:
+    """All rows, in one step: an interrupted run leaves the file as it was."""
+    partial = path.with_suffix(".part")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows[key] for key in sorted(rows))
+    partial.replace(path)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run, append rows, say how many hold."""
+    """Run, write rows, say how many hold."""
     from architectures import names_of
     from tqdm import tqdm
 
@@ -180,6 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--pruner", action="store_true", help="Torch-Pruning on the same models")
     parser.add_argument("--limit", type=float, default=900.0, help="seconds a model may take")
+    parser.add_argument("--jobs", type=int, default=1, help="models at a time")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     names = options.models or [name for source in options.source for name in names_of(source)]
@@ -193,22 +247,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return name not in done or (options.pruner and not done[name].get("pruner_finished"))
 
     waiting = [name for name in names if name in options.models or missing(name)]
-    bar = tqdm(waiting)
-    for name in bar:
-        bar.set_postfix_str(name)
-        if name in options.models or name not in done:
-            done[name] = {"model": name, **run_one(measure, name, options.limit)}
-        if options.pruner:
-            other = run_one(prune, name, options.limit)
-            if "failure" in other:
-                other = {"pruner_finished": False, "pruner_failure": other["failure"]}
-            done[name] |= other
-        partial = options.output.with_suffix(".part")
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, restval="")
-            writer.writeheader()
-            writer.writerows(done[key] for key in sorted(done))
-        partial.replace(options.output)
+    # Imported once: every process starts from there.
+    multiprocessing.set_forkserver_preload(["torch", "fxfib.api", "fxfib.lifting", "architectures"])
+    with (
+        concurrent.futures.ThreadPoolExecutor(options.jobs) as pool,
+        tqdm(total=len(waiting)) as bar,
+    ):
+        runs = {pool.submit(row_of, n, done.get(n, {}), options): n for n in waiting}
+        for run in concurrent.futures.as_completed(runs):
+            name = runs[run]
+            done[name] = run.result()
+            write(options.output, done)
+            bar.set_postfix_str(name)
+            bar.update()
     rows = [done[name] for name in names]
     counted = ["captured", "verified", "recovered"]
     if options.pruner:

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from fxfib.errors import CaptureError
-from fxfib.graph_tools import DROPOUTS, call, fixed_size, sizes_of, value_of, where
+from fxfib.graph_tools import call, fixed_size, is_idle_dropout, sizes_of, value_of, where
 
 aten = torch.ops.aten
 
@@ -101,7 +101,7 @@ class _Functionalizer:
         """A node that changes nothing: its arguments become present values."""
         self.old_args[node] = fx.map_arg((node.args, dict(node.kwargs)), self.resolve)
         self.old_target[node] = node.target
-        if _is_idle_dropout(node) and self.memory(node) != self.memory(node.all_input_nodes[0]):
+        if is_idle_dropout(node) and self.memory(node) != self.memory(node.all_input_nodes[0]):
             # It gives back its own input, which not every version of the exporter records.
             self.merged[self.memory(node)] = self.memory(node.all_input_nodes[0])
         memory = self.memory(node)
@@ -191,7 +191,7 @@ class _Functionalizer:
         def emit(operation: Any, *arguments: Any) -> fx.Node:
             return call(self.graph, operation, arguments, like=view)
 
-        if _same_geometry(before, after) or _is_idle_dropout(view):
+        if _same_geometry(before, after) or is_idle_dropout(view):
             return new
         if target in _RESHAPES and before.numel() == after.numel():
             return emit(aten.reshape.default, new, sizes_of(self.graph, whole, view))
@@ -276,10 +276,6 @@ def _is_mutation(node: fx.Node) -> bool:
 
 def _is_list(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), (list, tuple))
-
-
-def _is_idle_dropout(node: fx.Node) -> bool:
-    return node.target in DROPOUTS and bool(not node.args[2] or node.args[1] == 0)
 
 
 def _storage(node: fx.Node) -> int:

@@ -30,6 +30,11 @@ _OWN_FOLDER = str(Path(__file__).resolve().parent) + os.sep
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
+def is_idle_dropout(node: fx.Node) -> bool:
+    """Whether a node is a dropout that drops nothing."""
+    return node.target in DROPOUTS and bool(not node.args[2] or node.args[1] == 0)
+
+
 def value_of(node: Any) -> Any:
     """`meta["val"]`: a fake tensor, a SymInt, a Python number, or a list of them."""
     return node.meta["val"]

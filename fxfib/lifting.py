@@ -49,7 +49,7 @@ def lift(
     Args:
         module: in eval mode; never modified.
         factor: mean number of copies of a node, at least 1.  Nodes that enter statistics over the
-            channels (layer norm, a mean over channels) all need the same number: the whole part of
+            channels (layer norm, group norm) all need the same number: the whole part of
             the factor.
         example_inputs, example_kwargs: as for :func:`fxfib.compile`.
         zero_sum: size of the changes of the split columns that cancel in the sum, relative to the

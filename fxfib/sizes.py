@@ -21,7 +21,7 @@ SHAPED_AS = {
 def name_sizes(graph: fx.Graph, node: fx.Node) -> None:
     """The sizes of the second tensor in place of that tensor."""
     source, other = node.args
-    assert isinstance(other, fx.Node)
+    assert isinstance(other, fx.Node) and isinstance(node.target, torch._ops.OpOverload)
     with graph.inserting_before(node):
         sizes = sizes_of(graph, other, node)
     node.target = SHAPED_AS[node.target]

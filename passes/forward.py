@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from fxfib.coloring import Factor, Floats, Value
+from fxfib.graph_tools import is_idle_dropout
 from fxfib.passes.heads import Heads, find_heads
 from fxfib.passes.relations import Full, Ref, Relation
 from fxfib.passes.rules import find_rule
@@ -147,9 +148,9 @@ class Analysis:
                 answer = node.op == "call_function" and node.target is operator.getitem
                 answer = answer and self.is_constant(node.args[0])  # type: ignore[arg-type]
             else:
-                answer = RANDOM not in node.target.tags and all(
-                    self.is_constant(source) for source in node.all_input_nodes
-                )
+                # Dropout that is off gives back what it gets.
+                certain = RANDOM not in node.target.tags or is_idle_dropout(node)
+                answer = certain and all(self.is_constant(s) for s in node.all_input_nodes)
             self._is_constant[node] = answer
         return self._is_constant[node]
 

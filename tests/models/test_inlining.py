@@ -49,3 +49,29 @@ def test_without_autocast() -> None:
 def test_with_autocast() -> None:
     with pytest.raises(CaptureError, match="autocast"):
         capture(Exact(enabled=True).eval(), torch.randn(4, 3))
+
+
+class Table(nn.Module):
+    """A parameter goes through a dropout that is off before it meets a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(7))
+        self.first = nn.Linear(3, 7)
+        self.last = nn.Linear(7, 5)
+        self.drop = nn.Dropout(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).relu() + self.drop(self.table).relu())
+
+
+def test_dropout_of_a_parameter() -> None:
+    torch.manual_seed(3)
+    model = Table().eval()
+    x = torch.randn(4, 3)
+    wide = fxfib.lift(model, 2.0, x)
+    small = fxfib.compile(wide, 0.0, x)
+    assert not small.fibration.refusals
+    assert wide.first.out_features > 7 and small.first.out_features == 7
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-5)
