@@ -6,6 +6,7 @@ import fnmatch
 import math
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from fxfib.passes.groups import layer_labels
 from fxfib.passes.plan import Plan, make_plan
 from fxfib.passes.propagation import UnfitError
 from fxfib.passes.rewrite import Rewriter
+from fxfib.symmetry import check_symmetry, symmetries
 
 # The kernels know more criteria than the passes can merge by.
 CRITERIA = ("fibration",)
@@ -237,13 +239,19 @@ def color(
     symmetry: str = "fiber",
     *,
     criterion: str = "fibration",
+    opfiber_eps: float | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
 ) -> Colors:
-    """Find the fibers of a model and change nothing.
+    """Find the fibers, opfibers or covers of a model and change nothing.
 
     Args:
         model, example_inputs, eps, criterion, example_kwargs: as for :func:`compile`.
-        symmetry: ``"fiber"``.
+        symmetry: ``"fiber"``: equal activations (Eq. 3, as :func:`compile` merges them, up to a
+            factor); ``"opfiber"``: equal errors, whatever the loss (Eq. 5); ``"cover"``: both
+            (Eq. 9), so that the loss has equal gradients by the nodes' weights; ``"stable"``: the
+            covers that gradient descent cannot split, one partition that is balanced both ways over
+            itself.
+        opfiber_eps: precision of the opfibers; None: ``eps``.
 
     Returns:
         Labels of every layer's output nodes, and the coupled groups.
@@ -252,15 +260,19 @@ def color(
         As :func:`compile`, but for ``VerifyError``.
     """
     check_options(eps, criterion, None, None)
-    if symmetry != "fiber":
-        raise InputError(f"unknown symmetry {symmetry!r}; known: 'fiber'.")
+    check_symmetry(symmetry)
+    if opfiber_eps is not None:
+        check_options(opfiber_eps, criterion, None, None)
     captured = capture(model, example_inputs, example_kwargs)
     analysis = Analysis(captured.graph_module, float(eps), criterion).run()
     plan = make_plan(analysis)
     report = report_of(captured, plan, captured.graph_module, float(eps), criterion)
-    labels: dict[str, torch.Tensor] = {}
-    for name, found in layer_labels(plan).items():
-        labels[name] = torch.from_numpy(found)
+    if symmetry == "fiber":
+        found = layer_labels(plan)
+    else:
+        found, both = symmetries(captured, symmetry, float(eps), opfiber_eps, criterion)
+        report = replace(report, refusals=tuple(both.refusals))
+    labels = {name: torch.from_numpy(own) for name, own in found.items()}
     return Colors(report, labels, symmetry)
 
 

@@ -238,7 +238,9 @@ def _parser() -> argparse.ArgumentParser:
     color.add_argument(
         "--eps", type=_eps, default=0.0, help="fiber precision; 0 (default) is exact"
     )
-    color.add_argument("--symmetry", choices=("fiber", "opfiber", "cover"), default="fiber")
+    color.add_argument(
+        "--symmetry", choices=("fiber", "opfiber", "cover", "stable"), default="fiber"
+    )
 
     export = _command(commands, "export", _export, "write a model as ONNX, checked in ONNX Runtime")
     _model_options(export)

@@ -229,9 +229,13 @@ class Analysis:
 
     # -- the walk ----------------------------------------------------------------------------
 
+    def find(self) -> None:
+        """Look for what spans several ops, before any of them is visited."""
+        self.heads = find_heads(self)
+
     def run(self) -> Analysis:
         """Visit every node once."""
-        self.heads = find_heads(self)
+        self.find()
         remaining = {node: len(node.users) for node in self.graph_module.graph.nodes}
         for node in self.graph_module.graph.nodes:
             self.visit(node)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx
 
 from fxfib.coloring import (
@@ -12,11 +13,12 @@ from fxfib.coloring import (
     Value,
 )
 from fxfib.passes.relations import Same
-from fxfib.passes.rules.base import Barrier, overloads, register
+from fxfib.passes.rules.base import Barrier, Flavor, overloads, register
 from fxfib.passes.rules.elementwise import Elementwise
 from fxfib.signature import Form
 
 if TYPE_CHECKING:
+    from fxfib.passes.backward import Adjoint, Error
     from fxfib.passes.forward import Analysis
 
 
@@ -41,12 +43,31 @@ class Homogeneous(Elementwise):
             return pass_form(analysis, node, node.args[0], value.form, None)  # type: ignore[arg-type]
         return super().forward(analysis, node)
 
+    def backward(
+        self, adjoint: Adjoint, node: fx.Node, error: Error
+    ) -> Iterable[tuple[fx.Node, fx.Node]]:
+        """Only the sign matters to the slope; what is linear or no function at all has none."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        if node.target in DETACHES:
+            return
+        if node.target in PASSES_FORMS and not adjoint.analysis.arguments(node).get("train", False):
+            yield source, error
+        elif node.target in NEGATES:
+            yield source, adjoint.call(torch.ops.aten.neg.default, error)
+        else:
+            direction = (Flavor(0, direction=True),)
+            slope = self.slope(node)
+            yield source, adjoint.derivative(node, error, 0, flavors=direction, slope=slope)
+
     def examples(self) -> Iterable[Any]:
         from fxfib.passes.rules import examples
 
         return examples.unary(self.targets, homogeneous=True)
 
 
+DETACHES = set(overloads("detach"))
+NEGATES = set(overloads("neg"))
 PASSES_FORMS = set(
     overloads(
         "dropout", "feature_dropout", "alpha_dropout", "clone", "contiguous", "detach", "alias"
@@ -92,6 +113,16 @@ class Unary(Elementwise):
             return Value(analysis.shape(node))
         return super().forward(analysis, node)
 
+    def backward(
+        self, adjoint: Adjoint, node: fx.Node, error: Error
+    ) -> Iterable[tuple[fx.Node, fx.Node]]:
+        """The activation is the flavor, whole."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        self.operands(adjoint.analysis, node)
+        slope = self.slope(node)
+        yield source, adjoint.derivative(node, error, 0, flavors=(Flavor(0),), slope=slope)
+
     def examples(self) -> Iterable[Any]:
         from fxfib.passes.rules import examples
 
@@ -108,6 +139,17 @@ class Cast(Unary):
         source = node.args[0]
         assert isinstance(source, fx.Node)
         return all(n.meta["val"].dtype.is_floating_point for n in (source, node))
+
+    def backward(
+        self, adjoint: Adjoint, node: fx.Node, error: Error
+    ) -> Iterable[tuple[fx.Node, fx.Node]]:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        dtype = source.meta["val"].dtype
+        if dtype == node.meta["val"].dtype:
+            yield source, error
+        else:
+            yield source, adjoint.call(torch.ops.aten._to_copy.default, error, dtype=dtype)
 
     def examples(self) -> Iterable[Any]:
         from fxfib.passes.rules import examples

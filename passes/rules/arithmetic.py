@@ -15,11 +15,12 @@ from fxfib.coloring import (
 )
 from fxfib.passes.relations import Same
 from fxfib.passes.rules.activation import pass_form
-from fxfib.passes.rules.base import Barrier, is_tensor, overloads, register
+from fxfib.passes.rules.base import Barrier, Flavor, is_tensor, overloads, register
 from fxfib.passes.rules.elementwise import Elementwise
 from fxfib.signature import Form, form_of_factor
 
 if TYPE_CHECKING:
+    from fxfib.passes.backward import Adjoint, Error
     from fxfib.passes.forward import Analysis
     from fxfib.passes.rewrite import Rewriter
 
@@ -128,6 +129,20 @@ class Add(Affine):
     def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
         return rewriter.repeat(node, constants=self.reduced_constants(rewriter, node, mean=True))
 
+    def backward(
+        self, adjoint: Adjoint, node: fx.Node, error: Error
+    ) -> Iterable[tuple[fx.Node, fx.Node]]:
+        """Both operands get the error, times their sign."""
+        signs = self.signs(adjoint.analysis, node)
+        if signs is None:
+            raise Barrier("alpha is computed", "pass a plain number")
+        for operand, sign in zip(self.operands(adjoint.analysis, node), signs, strict=True):
+            if adjoint.wants(operand):
+                found = error
+                if sign != 1.0:
+                    found = adjoint.call(torch.ops.aten.mul.Tensor, error, sign)
+                yield operand, adjoint.sum_to(found, operand)
+
     def examples(self) -> Iterable[Any]:
         from fxfib.passes.rules import examples
 
@@ -144,6 +159,30 @@ class Multiply(Affine):
     def forward(self, analysis: Analysis, node: fx.Node) -> Value:
         result = scale_by_constant(self, analysis, node, invert=False)
         return super().forward(analysis, node) if result is None else result
+
+    def flavors(self, adjoint: Adjoint, node: fx.Node, operand: fx.Node) -> tuple[Flavor, ...]:
+        operands = self.operands(adjoint.analysis, node)
+        return adjoint.flavors(node, [o for o in operands if o is not operand])
+
+    def backward(
+        self, adjoint: Adjoint, node: fx.Node, error: Error
+    ) -> Iterable[tuple[fx.Node, fx.Node]]:
+        """Each operand's error is multiplied by the other operand: its flavor."""
+        first, second = self.operands(adjoint.analysis, node)
+        if first is second:
+            doubled = adjoint.call(torch.ops.aten.mul.Tensor, first, 2)
+            yield first, adjoint.call(torch.ops.aten.mul.Tensor, error, doubled)
+            return
+        for operand, other in ((first, second), (second, first)):
+            if adjoint.wants(operand) and not adjoint.wants(other):
+                # Numbers: rows are scaled, not merely told apart.
+                found = adjoint.call(torch.ops.aten.mul.Tensor, error, other)
+                yield operand, adjoint.sum_to(found, operand)
+            elif adjoint.wants(operand):
+                place = adjoint.leaf_of(node, operand)
+                flavors = self.flavors(adjoint, node, operand)
+                found = adjoint.derivative(node, error, place, flavors=flavors, broadcast=True)
+                yield operand, adjoint.sum_to(found, operand)
 
     def examples(self) -> Iterable[Any]:
         from fxfib.passes.rules import examples
@@ -163,6 +202,17 @@ class Divide(Affine):
     def forward(self, analysis: Analysis, node: fx.Node) -> Value:
         result = scale_by_constant(self, analysis, node, invert=True)
         return super().forward(analysis, node) if result is None else result
+
+    def backward(
+        self, adjoint: Adjoint, node: fx.Node, error: Error
+    ) -> Iterable[tuple[fx.Node, fx.Node]]:
+        """By a number: the error over it.  Otherwise both operands are flavors."""
+        first, second = self.operands(adjoint.analysis, node)
+        if adjoint.wants(first) and not adjoint.wants(second):
+            found = adjoint.call(torch.ops.aten.div.Tensor, error, second)
+            yield first, adjoint.sum_to(found, first)
+            return
+        yield from super().backward(adjoint, node, error)
 
     def examples(self) -> Iterable[Any]:
         from fxfib.passes.rules import examples

@@ -7,6 +7,7 @@ its ATen ``targets``, and give ``forward``, ``rewrite`` and ``examples``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -18,6 +19,7 @@ from fxfib.coloring import Value, opened
 from fxfib.passes.relations import Move, Ref, Same
 
 if TYPE_CHECKING:
+    from fxfib.passes.backward import Adjoint, Error
     from fxfib.passes.forward import Analysis
     from fxfib.passes.rewrite import Rewriter
     from fxfib.passes.rules.examples import Example
@@ -64,6 +66,20 @@ def hint(size: int | torch.SymInt) -> int:
     return size if isinstance(size, int) else int(size.node.hint)  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
+class Flavor:
+    """What a derivative reads of an activation.
+
+    Attributes:
+        operand: its place among the operands.
+        direction: only its sign matters (of ReLU, of the places of maxima): a positive factor of
+            its own does not tell two nodes apart.
+    """
+
+    operand: int
+    direction: bool = False
+
+
 class Rule:
     """One op (or a family of ops that behave alike)."""
 
@@ -79,6 +95,22 @@ class Rule:
         the rule does not cover.
         """
         raise NotImplementedError
+
+    def backward(
+        self, adjoint: Adjoint, node: fx.Node, error: Error
+    ) -> Iterable[tuple[fx.Node, fx.Node]]:
+        """The errors of the inputs from the error of the output, emitted with ``adjoint.call``.
+
+        Args:
+            error: the output's error; of a node with several outputs the errors of those that the
+                loss depends on, by number.
+
+        Yields:
+            An input and its error (or a share of it: those of one input are added).  Raises
+            :class:`Barrier` for a use of the op that the rule does not cover; so does every rule
+            without a backward part.
+        """
+        raise Barrier("there is no backward rule for this op", "add one to the op's rule")
 
     def reads(
         self, analysis: Analysis, node: fx.Node, live: Mapping[Ref, Mask]
@@ -121,7 +153,10 @@ def register(rule: type[Rule]) -> type[Rule]:
 
 def find_rule(node: fx.Node) -> Rule | None:
     """The rule of a node's op, or None (a barrier)."""
-    return _RULES.get(node.target) if node.op == "call_function" else None
+    if node.op != "call_function":
+        return None
+    # Derivatives carry their own rule.
+    return _RULES.get(node.target) or getattr(node.target, "rule", None)
 
 
 def all_rules() -> dict[Any, Rule]:
@@ -151,6 +186,20 @@ class PerChannel(Rule):
 
     def forward(self, analysis: Analysis, node: fx.Node) -> Value:
         return self.colored(analysis, node, node)
+
+    def linear(self, node: fx.Node) -> bool:
+        """Whether the op is linear: its errors depend on no activation."""
+        return False
+
+    def backward(
+        self, adjoint: Adjoint, node: fx.Node, error: Error
+    ) -> Iterable[tuple[fx.Node, fx.Node]]:
+        """Every channel by itself; where the op is not linear, its own activation is the flavor."""
+        source = self.source(node)
+        rank = len(adjoint.analysis.shape(source))
+        mixed = tuple(axis % rank for axis in self.mixed_axes(adjoint.analysis, node))
+        flavors = () if self.linear(node) else (Flavor(0, direction=self.homogeneous),)
+        yield source, adjoint.derivative(node, error, 0, flavors=flavors, mixed=mixed)
 
     def colored(self, analysis: Analysis, node: fx.Node, out: fx.Node) -> Value:
         """The value of ``out``: the node itself, or the item that takes its first output."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import fx
 
 from fxfib.coloring import Value, opened
@@ -16,8 +17,12 @@ from fxfib.passes.rules.norm import parameter_values
 from fxfib.signature import Form, form_of_factor
 
 if TYPE_CHECKING:
+    from fxfib.passes.backward import Adjoint, Error
     from fxfib.passes.forward import Analysis
     from fxfib.passes.rewrite import Rewriter
+
+
+aten = torch.ops.aten
 
 
 @register
@@ -58,6 +63,26 @@ class BatchNorm(Rule):
             analysis.relate(Same((node, 1), (source, 1)))
             return Value(analysis.shape(node), (), form)
         return pass_form(analysis, node, source, form, gain)
+
+    def backward(
+        self, adjoint: Adjoint, node: fx.Node, error: Error
+    ) -> Iterable[tuple[fx.Node, fx.Node]]:
+        """Fixed statistics: the error times the gain of its channel."""
+        bound = adjoint.analysis.arguments(node)
+        if isinstance(error, dict):
+            if set(error) != {0}:
+                raise Barrier("its statistics are used")
+            error = error[0]
+        if bound.get("training", False) or bound["running_mean"] is None:
+            raise Barrier("it normalises by the statistics of the batch", "call model.eval()")
+        shifted = adjoint.call(aten.add.Tensor, bound["running_var"], bound["eps"])
+        gain = adjoint.call(aten.rsqrt.default, shifted)
+        if bound["weight"] is not None:
+            gain = adjoint.call(aten.mul.Tensor, gain, bound["weight"])
+        source = bound["input"]
+        shape = [-1, *[1] * (len(adjoint.analysis.shape(source)) - 2)]
+        gain = adjoint.call(aten.view.default, gain, shape)
+        yield source, adjoint.call(aten.mul.Tensor, error, gain)
 
     @staticmethod
     def beside(analysis: Analysis, node: fx.Node, source: fx.Node) -> Value:

@@ -25,6 +25,7 @@ from fxfib.passes.rules.elementwise import Operand, joint_colors
 from fxfib.passes.rules.tracing import constant_factor
 
 if TYPE_CHECKING:
+    from fxfib.passes.backward import Adjoint, Error
     from fxfib.passes.forward import Analysis
     from fxfib.passes.rewrite import Rewriter
 
@@ -94,6 +95,13 @@ class Concatenate(Rule):
         )
         space = ("cat", node.name)
         return Factor((axis,), np.concatenate(labels), np.concatenate(scales), space)
+
+    def backward(
+        self, adjoint: Adjoint, node: fx.Node, error: Error
+    ) -> Iterable[tuple[fx.Node, fx.Node]]:
+        """Every operand gets its own piece."""
+        for place, operand in adjoint.operands(node):
+            yield operand, adjoint.moved_back(node, error, place)
 
     def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
         axis = self.axis(rewriter.analysis, node)
@@ -172,6 +180,13 @@ class Stack(Rule):
             if factor is not None:
                 factors.append(factor)
         return Value(shape, tuple(factors))
+
+    def backward(
+        self, adjoint: Adjoint, node: fx.Node, error: Error
+    ) -> Iterable[tuple[fx.Node, fx.Node]]:
+        """Every operand gets its own piece."""
+        for place, operand in adjoint.operands(node):
+            yield operand, adjoint.moved_back(node, error, place)
 
     def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
         rank = len(rewriter.analysis.shape(node))

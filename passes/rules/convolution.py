@@ -15,8 +15,15 @@ from fxfib.passes.rules.base import Barrier, Mask, Rule, columns_read, overloads
 from fxfib.signature import ROUNDING_MULTIPLE, Form, collapse_columns
 
 if TYPE_CHECKING:
+    from fxfib.passes.backward import Adjoint, Error
     from fxfib.passes.forward import Analysis
     from fxfib.passes.rewrite import Rewriter
+
+
+def _each(given: Any, count: int) -> list[int]:
+    """One number for all dimensions, or one for each."""
+    numbers = list(given) if isinstance(given, (list, tuple)) else [given]
+    return numbers * count if len(numbers) == 1 else numbers
 
 
 def grid_of(axis: Ref, groups: Ref, inside: Ref, sizes: tuple[int, int]) -> Move:
@@ -58,6 +65,9 @@ def depthwise_form(
         bound = rows.abs() * torch.from_numpy(rounded).unsqueeze(1)
     match = np.where(dead, ZERO, labels)
     return Form(axis, rows, offset, bound, offset_bound, match, space)
+
+
+aten = torch.ops.aten
 
 
 @register
@@ -120,6 +130,47 @@ class Convolution(Rule):
             analysis.relate(Keep((source, axis), known & read))
         self.relate(analysis, node, source, weight, axis, tensor, transposed)
         return Value(analysis.shape(node), (), form)
+
+    def backward(
+        self, adjoint: Adjoint, node: fx.Node, error: Error
+    ) -> Iterable[tuple[fx.Node, fx.Node]]:
+        """The transposed convolution with the same weight, and back."""
+        bound = adjoint.analysis.arguments(node)
+        source, weight = bound["input"], bound["weight"]
+        if adjoint.analysis.is_constant(source) or not adjoint.analysis.is_constant(weight):
+            raise Barrier("its weight is computed from the input", "nothing: it is not a parameter")
+        kernel = adjoint.analysis.shape(weight)[2:]
+        count = len(kernel)
+        stride, dilation = (_each(bound[name], count) for name in ("stride", "dilation"))
+        sizes = adjoint.analysis.shape(source)[-count:]
+        extra = [0] * count
+        if isinstance(bound["padding"], str):
+            total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+            total = total if bound["padding"] == "same" else [0] * count
+            padding = [t // 2 for t in total]
+            extra = [t - 2 * p for t, p in zip(total, padding, strict=True)]
+        else:
+            padding = _each(bound["padding"], count)
+        names = [f"conv{count}d", f"conv_transpose{count}d"]
+        if self.transposed(adjoint.analysis, node):
+            target = getattr(aten, names[0]).default
+            found = adjoint.call(
+                target, error, weight, None, stride, padding, dilation, bound["groups"]
+            )
+        else:
+            outs = adjoint.analysis.shape(node)[-count:]
+            given = zip(sizes, outs, stride, padding, dilation, kernel, extra, strict=True)
+            missing = [n + e - ((o - 1) * s - 2 * p + d * (k - 1) + 1)
+                       for n, o, s, p, d, k, e in given]  # fmt: skip
+            target = getattr(getattr(aten, names[1]), "default" if count == 1 else "input")
+            found = adjoint.call(
+                target, error, weight, None, stride, padding, missing, bound["groups"], dilation
+            )
+        for place, size in enumerate(sizes):
+            axis = len(found.meta["val"].shape) - count + place
+            if found.meta["val"].shape[axis] != size:
+                found = adjoint.call(aten.slice.Tensor, found, axis, 0, size)
+        yield source, found
 
     def relate(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,9 +23,10 @@ from fxfib.coloring import (
     with_constants,
 )
 from fxfib.passes.relations import Full, Same
-from fxfib.passes.rules.base import Barrier, Mask, Rule, is_tensor
+from fxfib.passes.rules.base import Barrier, Flavor, Mask, Rule, is_tensor
 
 if TYPE_CHECKING:
+    from fxfib.passes.backward import Adjoint, Error
     from fxfib.passes.forward import Analysis
     from fxfib.passes.rewrite import Rewriter
 
@@ -210,6 +211,36 @@ class Elementwise(Rule):
             else:
                 args.append(argument)
         return np.asarray(node.target(*args, **node.kwargs).to(torch.float64).numpy())  # type: ignore[operator]
+
+    # -- backward ----------------------------------------------------------------------------
+
+    def flavors(self, adjoint: Adjoint, node: fx.Node, operand: fx.Node) -> tuple[Flavor, ...]:
+        """What the derivative by one operand depends on: all of them, if nothing is known."""
+        return adjoint.flavors(node, self.operands(adjoint.analysis, node))
+
+    def backward(
+        self, adjoint: Adjoint, node: fx.Node, error: Error
+    ) -> Iterable[tuple[fx.Node, fx.Node]]:
+        """Node by node, the operands' activations being the flavors."""
+        for place, operand in adjoint.operands(node):
+            flavors = self.flavors(adjoint, node, operand)
+            found = adjoint.derivative(node, error, place, flavors=flavors, broadcast=True)
+            yield operand, adjoint.sum_to(found, operand)
+
+    @staticmethod
+    def slope(node: fx.Node) -> Callable[[Floats], Floats]:
+        """The derivative at known numbers of an op of one operand."""
+
+        def slope(numbers: Floats) -> Floats:
+            with torch.enable_grad():
+                at = torch.from_numpy(numbers).requires_grad_()
+                out = node.target(at, *node.args[1:], **node.kwargs)  # type: ignore[operator]
+                if not out.requires_grad:
+                    return np.zeros(len(numbers))
+                (found,) = torch.autograd.grad(out.sum(), at)
+            return np.asarray(found.numpy(force=True))
+
+        return slope
 
     # -- rewrite -----------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from fxfib.passes.relations import Ref, Same
 from fxfib.passes.rules.base import Barrier, Mask, Rule, overloads, register
 
 if TYPE_CHECKING:
+    from fxfib.passes.backward import Adjoint, Error
     from fxfib.passes.forward import Analysis
 
 
@@ -46,6 +47,12 @@ class Filling(Rule):
             )
             factors.append(Factor((axis,), labels, scales, ("filled", node.name, axis)))
         return Value(shape, tuple(factors))
+
+    def backward(
+        self, adjoint: Adjoint, node: fx.Node, error: Error
+    ) -> Iterable[tuple[fx.Node, fx.Node]]:
+        """Only the size is read."""
+        return ()
 
     def reads(
         self, analysis: Analysis, node: fx.Node, live: Mapping[Ref, Mask]

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import fx
 
 from fxfib.coloring import (
@@ -24,7 +25,11 @@ from fxfib.passes.rules.base import (
 )
 
 if TYPE_CHECKING:
+    from fxfib.passes.backward import Adjoint, Error
     from fxfib.passes.forward import Analysis
+
+
+aten = torch.ops.aten
 
 
 @register
@@ -62,6 +67,21 @@ class GatedLinearUnit(Rule):
             )
             factors.append(Factor((axis,), labels, scales, ("glu", node.name)))
         return Value(analysis.shape(node), tuple(factors))
+
+    def backward(
+        self, adjoint: Adjoint, node: fx.Node, error: Error
+    ) -> Iterable[tuple[fx.Node, fx.Node]]:
+        """The halves written out: a product of one with the sigmoid of the other."""
+        source, dim = node.args[0], adjoint.analysis.arguments(node)["dim"]
+        assert isinstance(source, fx.Node)
+        axis = int(dim) % len(adjoint.analysis.shape(source))
+        half = adjoint.analysis.shape(node)[axis]
+        start = len(adjoint.nodes)
+        first = adjoint.call(aten.slice.Tensor, source, axis, 0, half)
+        second = adjoint.call(aten.slice.Tensor, source, axis, half, 2 * half)
+        gate = adjoint.call(aten.sigmoid.default, second)
+        result = adjoint.call(aten.mul.Tensor, first, gate)
+        yield from adjoint.through(node, error, result, start)
 
     def examples(self) -> Iterable[Any]:
         from fxfib.passes.rules import examples

@@ -11,16 +11,27 @@ from torch import fx
 
 from fxfib.coloring import Factor, Value
 from fxfib.passes.relations import Even, Move, Refine, Same
-from fxfib.passes.rules.base import Barrier, Rule, overloads, register
+from fxfib.passes.rules.base import Barrier, Flavor, Rule, overloads, register
 from fxfib.passes.rules.norm import LayerNorm, parameter_values
 from fxfib.signature import Form, color_form
 
 if TYPE_CHECKING:
+    from fxfib.passes.backward import Adjoint, Error
     from fxfib.passes.forward import Analysis
     from fxfib.passes.rewrite import Rewriter
 
 
 aten = torch.ops.aten
+
+
+def scaled_by(adjoint: Adjoint, error: fx.Node, weight: Any) -> fx.Node:
+    """The error times one number a channel (axis 1)."""
+    if weight is None:
+        return error
+    if not adjoint.analysis.is_constant(weight):
+        raise Barrier("its parameters are computed from the input")
+    shape = [-1, *[1] * (len(adjoint.analysis.shape(error)) - 2)]
+    return adjoint.call(aten.mul.Tensor, error, adjoint.call(aten.view.default, weight, shape))
 
 
 @register
@@ -53,6 +64,20 @@ class GroupNorm(Rule):
             Even(within),
         )
         return Value(value.shape, (Factor((1,), labels + 2, np.ones(size), ("group", node.name)),))
+
+    def backward(
+        self, adjoint: Adjoint, node: fx.Node, error: Error
+    ) -> Iterable[tuple[fx.Node, fx.Node]]:
+        """As layer norm, group by group."""
+        bound = adjoint.analysis.arguments(node)
+        source, groups, eps = bound["input"], bound["num_groups"], bound["eps"]
+        error = scaled_by(adjoint, error, bound["weight"])
+        shape = adjoint.analysis.shape(source)
+        yield source, adjoint.of(
+            lambda x: torch.nn.functional.group_norm(x, groups, eps=eps), error, 0, source,
+            name=str(node.target), flavors=(Flavor(0),), mixed=tuple(range(2, len(shape))),
+            common=(1,), labels={1: np.arange(shape[1]) // (shape[1] // groups)},
+        )  # fmt: skip
 
     def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
         bound = rewriter.analysis.arguments(node)
@@ -150,6 +175,21 @@ class InstanceNorm(Rule):
         zero = np.zeros(size)
         form = Form(1, table, zero, None, zero, factor.keyed(), ("instance", node.name))
         return Value(value.shape, (color_form(form, size, analysis.eps, analysis.criterion),))
+
+    def backward(
+        self, adjoint: Adjoint, node: fx.Node, error: Error
+    ) -> Iterable[tuple[fx.Node, fx.Node]]:
+        """Every channel by itself, its activation being the flavor."""
+        bound = adjoint.analysis.arguments(node)
+        if not bound["use_input_stats"] or bound["running_mean"] is not None:
+            raise Barrier("it uses running statistics", "use batch norm")
+        source, eps = bound["input"], bound["eps"]
+        error = scaled_by(adjoint, error, bound["weight"])
+        rank = len(adjoint.analysis.shape(source))
+        yield source, adjoint.of(
+            lambda x: torch.nn.functional.instance_norm(x, eps=eps), error, 0, source,
+            name=str(node.target), flavors=(Flavor(0),), mixed=tuple(range(2, rank)),
+        )  # fmt: skip
 
     def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
         bound = rewriter.analysis.arguments(node)

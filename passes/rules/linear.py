@@ -16,6 +16,7 @@ from fxfib.passes.rules.base import Barrier, Mask, Rule, columns_read, overloads
 from fxfib.signature import Form, collapse_columns
 
 if TYPE_CHECKING:
+    from fxfib.passes.backward import Adjoint, Error
     from fxfib.passes.forward import Analysis
     from fxfib.passes.rewrite import Rewriter
 
@@ -78,6 +79,18 @@ class LinearMap(Rule):
         analysis.relate(Same((node, axis), (weight, out)), Same((source, last), (weight, 1 - out)))
         others = passed_factors(analysis, source, node, last, offset=bool(form.offset.any()))
         return Value(analysis.shape(node), others, form)
+
+    def backward(
+        self, adjoint: Adjoint, node: fx.Node, error: Error
+    ) -> Iterable[tuple[fx.Node, fx.Node]]:
+        """``error W``: columns are summed over the colors of the output's errors (Eq. 5)."""
+        source, weight, bias, out = self.operands(adjoint.analysis, node)
+        constant = adjoint.analysis.is_constant
+        computed = constant(source) or not constant(weight) or len(weight.meta["val"].shape) != 2
+        if computed or (bias is not None and not constant(bias)):
+            raise Barrier("its parameters are computed from the input", "nothing: it is no layer")
+        matrix = weight if out == 1 else adjoint.call(aten.t.default, weight)
+        yield source, adjoint.call(aten.linear.default, error, matrix)
 
     def reads(
         self, analysis: Analysis, node: fx.Node, live: Mapping[Ref, Mask]
@@ -217,6 +230,14 @@ class Embedding(Rule):
         )
         form = Form(axis, rows, offset, None, zero, None, ("embedding", table.name, indices.name))
         return Value(analysis.shape(node), (), form)
+
+    def backward(
+        self, adjoint: Adjoint, node: fx.Node, error: Error
+    ) -> Iterable[tuple[fx.Node, fx.Node]]:
+        """Indices have no error; the table is a parameter."""
+        if not adjoint.analysis.is_constant(node.args[0]):  # type: ignore[arg-type]
+            raise Barrier("its table is computed from the input")
+        return ()
 
     def produces(self, analysis: Analysis, node: fx.Node) -> Iterator[tuple[str, Ref]]:
         yield "", (node, len(analysis.shape(node)) - 1)

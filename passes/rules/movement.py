@@ -31,6 +31,7 @@ from fxfib.passes.rules.tracing import (
 )
 
 if TYPE_CHECKING:
+    from fxfib.passes.backward import Adjoint, Error
     from fxfib.passes.forward import Analysis
     from fxfib.passes.rewrite import Rewriter
 
@@ -80,6 +81,13 @@ class Movement(Rule):
             factors.append(moved_factor(factor, outs, index))
         return Value(analysis.shape(node), tuple(f for f in factors if f.axes))
 
+    def backward(
+        self, adjoint: Adjoint, node: fx.Node, error: Error
+    ) -> Iterable[tuple[fx.Node, fx.Node]]:
+        """Every element's error goes back to where the element came from."""
+        if adjoint.wants(node.args[0]):
+            yield node.args[0], adjoint.moved_back(node, error, 0)  # type: ignore[misc]
+
     def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
         return rewriter.repeat(node, changed=self.sizes(rewriter, node))
 
@@ -114,6 +122,23 @@ class Rearrange(Movement):
         ),
         aten.repeat_interleave.self_int,
     )
+
+    def backward(
+        self, adjoint: Adjoint, node: fx.Node, error: Error
+    ) -> Iterable[tuple[fx.Node, fx.Node]]:
+        if node.target is not aten.repeat_interleave.self_int:
+            yield from super().backward(adjoint, node, error)
+            return
+        bound = adjoint.analysis.arguments(node)
+        source, times, dim = bound["self"], bound["repeats"], bound["dim"]
+        if dim is None or not isinstance(times, int):
+            raise Barrier("it repeats all elements, or a computed number of times")
+        sizes = adjoint.sizes(source)
+        axis = dim % len(sizes)
+        split = adjoint.call(
+            aten.view.default, error, [*sizes[: axis + 1], times, *sizes[axis + 1 :]]
+        )
+        yield source, adjoint.call(aten.sum.dim_IntList, split, [axis + 1])
 
 
 @register
@@ -190,6 +215,14 @@ class Expand(Movement):
                 analysis.relate(Same((node, axis), (source, own)))
                 factors.append(Factor((axis,), factor.labels, factor.scales, factor.space))
         return Value(analysis.shape(node), tuple(factors))
+
+    def backward(
+        self, adjoint: Adjoint, node: fx.Node, error: Error
+    ) -> Iterable[tuple[fx.Node, fx.Node]]:
+        """Errors of the copies add."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        yield source, adjoint.sum_to(error, source)
 
     def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
         source = node.args[0]

@@ -12,10 +12,11 @@ from torch import fx
 from fxfib.coloring import Factor, Floats, Value, opened
 from fxfib.passes.layout import Times
 from fxfib.passes.relations import Even, Keep, Refine, Same
-from fxfib.passes.rules.base import Barrier, Rule, overloads, register
+from fxfib.passes.rules.base import Barrier, Flavor, Rule, overloads, register
 from fxfib.signature import Form, color_form
 
 if TYPE_CHECKING:
+    from fxfib.passes.backward import Adjoint, Error
     from fxfib.passes.forward import Analysis
     from fxfib.passes.rewrite import Rewriter
 
@@ -131,6 +132,27 @@ class AxisNorm(Rule):
             (str(node.target), node.name, factor.space),
         )
         return color_form(form, size, analysis.eps, analysis.criterion)
+
+    def backward(
+        self, adjoint: Adjoint, node: fx.Node, error: Error
+    ) -> Iterable[tuple[fx.Node, fx.Node]]:
+        """Errors times weight, and activations, must agree; statistics add the same to all."""
+        source, count, weight, bias, eps = self.operands(adjoint.analysis, node)
+        if any(p is not None and not adjoint.analysis.is_constant(p) for p in (weight, bias)):
+            raise Barrier("its parameters are computed from the input")
+        if weight is not None:
+            error = adjoint.call(aten.mul.Tensor, error, weight)
+        rank = len(adjoint.analysis.shape(source))
+        functional = torch.nn.functional
+        normalize = functional.layer_norm if self.centered else functional.rms_norm
+
+        def function(x: torch.Tensor) -> torch.Tensor:
+            return normalize(x, x.shape[rank - count :], eps=eps)  # type: ignore[operator]
+
+        yield source, adjoint.of(
+            function, error, 0, source, name=str(node.target), flavors=(Flavor(0),),
+            common=tuple(range(rank - count, rank)),
+        )  # fmt: skip
 
     def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
         source, count, weight, bias, eps = self.operands(rewriter.analysis, node)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import fx
 
 from fxfib.coloring import (
@@ -23,6 +24,7 @@ from fxfib.passes.rules.base import (
 )
 
 if TYPE_CHECKING:
+    from fxfib.passes.backward import Adjoint, Error
     from fxfib.passes.forward import Analysis
     from fxfib.passes.rewrite import Rewriter
 
@@ -99,6 +101,22 @@ class ConstantPad(Rule):
                 analysis.relate(Same((node, axis), (source, axis)))
                 factors.append(factor)
         return Value(analysis.shape(node), tuple(factors))
+
+    def backward(
+        self, adjoint: Adjoint, node: fx.Node, error: Error
+    ) -> Iterable[tuple[fx.Node, fx.Node]]:
+        """What was padded is cut off again."""
+        bound = adjoint.analysis.arguments(node)
+        pad = list(bound["pad"])
+        if bound.get("mode", "constant") != "constant":
+            mixed = tuple(self.pads(adjoint.analysis, node))
+            yield bound["self"], adjoint.derivative(node, error, 0, mixed=mixed)
+            return
+
+        def trace(x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.pad(x, pad, value=-1)
+
+        yield bound["self"], adjoint.moved_back(node, error, 0, trace)
 
     def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
         bound = rewriter.analysis.arguments(node)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import fx
 
-from fxfib.passes.rules.base import overloads, register
+from fxfib.passes.rules.base import Flavor, overloads, register
 from fxfib.passes.rules.elementwise import Elementwise
+
+if TYPE_CHECKING:
+    from fxfib.passes.backward import Adjoint
 
 
 @register
@@ -39,6 +43,9 @@ class Where(Elementwise):
     )
     homogeneity = "joint"
     unscaled = (0,)
+
+    def flavors(self, adjoint: Adjoint, node: fx.Node, operand: fx.Node) -> tuple[Flavor, ...]:
+        return adjoint.flavors(node, node.args[:1])
 
     def examples(self) -> Iterable[Any]:
         from fxfib.passes.rules import examples

@@ -11,9 +11,10 @@ from torch import fx
 
 from fxfib.coloring import FIRST_FREE, Factor, Value, constant_values, unique_rows, with_constants
 from fxfib.passes.relations import Same
-from fxfib.passes.rules.base import Barrier, Rule, overloads, register
+from fxfib.passes.rules.base import Barrier, Flavor, Rule, overloads, register
 
 if TYPE_CHECKING:
+    from fxfib.passes.backward import Adjoint, Error
     from fxfib.passes.forward import Analysis
     from fxfib.passes.rewrite import Rewriter
 
@@ -53,6 +54,24 @@ class PReLU(Rule):
             labels, scales = with_constants(labels + FIRST_FREE, factor.scales, constant, values)
             factors.append(Factor((axis,), labels, scales, ("prelu", node.name, axis)))
         return Value(analysis.shape(node), tuple(factors))
+
+    def backward(
+        self, adjoint: Adjoint, node: fx.Node, error: Error
+    ) -> Iterable[tuple[fx.Node, fx.Node]]:
+        """The slope depends on the sign, and on the parameter of the channel."""
+        source, slope = node.args
+        assert isinstance(source, fx.Node) and isinstance(slope, fx.Node)
+        if not adjoint.analysis.is_constant(slope) or str(node.target) != "aten.prelu.default":
+            raise Barrier("its slopes are computed")
+        shape = [-1, *[1] * (len(adjoint.analysis.shape(source)) - 2)]
+        view = slope
+        if len(adjoint.analysis.shape(source)) > 1:
+            view = adjoint.call(torch.ops.aten.view.default, slope, shape)
+        yield source, adjoint.of(
+            lambda x, slopes: torch.nn.functional.prelu(x, slopes.reshape(-1)),
+            error, 0, source, view, name=str(node.target),
+            flavors=(Flavor(0, direction=True), Flavor(1)),
+        )  # fmt: skip
 
     def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
         slope = node.args[1]

@@ -53,6 +53,9 @@ class AveragePool(Spatial):
         *("_adaptive_avg_pool2d", "_adaptive_avg_pool3d"),
     )
 
+    def linear(self, node: fx.Node) -> bool:
+        return True
+
     def keeps_constants(self, analysis: Analysis, node: fx.Node) -> bool:
         bound = analysis.arguments(node)
         if "padding" not in bound:
@@ -97,6 +100,9 @@ class Resize(Spatial):
         *("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "upsample_bicubic2d"),
     )
 
+    def linear(self, node: fx.Node) -> bool:
+        return True
+
     def dimensions(self, node: fx.Node) -> int:
         name = str(node.target)
         return 3 if "3d" in name else 2 if "2d" in name else 1
@@ -113,6 +119,9 @@ class BorderPad(Spatial):
         *("reflection_pad1d", "reflection_pad2d", "reflection_pad3d"),
         *("replication_pad1d", "replication_pad2d", "replication_pad3d"),
     )
+
+    def linear(self, node: fx.Node) -> bool:
+        return True
 
     def keeps_constants(self, analysis: Analysis, node: fx.Node) -> bool:
         return True

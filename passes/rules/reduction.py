@@ -11,10 +11,11 @@ from torch import fx
 
 from fxfib.coloring import Value, opened
 from fxfib.passes.relations import Keep, Ref, Refine, Same
-from fxfib.passes.rules.base import Barrier, Mask, Rule, overloads, register
+from fxfib.passes.rules.base import Barrier, Flavor, Mask, Rule, overloads, register
 from fxfib.passes.rules.norm import weighted_mean
 
 if TYPE_CHECKING:
+    from fxfib.passes.backward import Adjoint, Error
     from fxfib.passes.forward import Analysis
     from fxfib.passes.rewrite import Rewriter
 
@@ -27,6 +28,8 @@ class Reduction(Rule):
     #: Whether the result scales with its input, and a constant stays that constant.
     homogeneous = True
     keeps_constants = False
+    #: Whether errors depend on no activation.
+    linear = False
 
     def reduced(self, analysis: Analysis, node: fx.Node) -> tuple[set[int], bool]:
         bound = analysis.arguments(node)
@@ -70,6 +73,28 @@ class Reduction(Rule):
             factors.append(type(result)((out,), result.labels, result.scales, result.space))
         return Value(analysis.shape(node), tuple(factors))
 
+    def backward(
+        self, adjoint: Adjoint, node: fx.Node, error: Error
+    ) -> Iterable[tuple[fx.Node, fx.Node]]:
+        """Spread back along what was reduced; the activation is the flavor where it matters."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        reduced, keep = self.reduced(adjoint.analysis, node)
+        if not keep:
+            sizes = adjoint.sizes(source)
+            shape = [1 if axis in reduced else size for axis, size in enumerate(sizes)]
+            error = adjoint.call(aten.view.default, error, shape)
+        target, rest, named = node.target, node.args[1:], dict(node.kwargs)
+
+        def function(x: torch.Tensor) -> torch.Tensor:
+            out = target(x, *rest, **named)  # type: ignore[operator]
+            return out.reshape([1 if a in reduced else n for a, n in enumerate(x.shape)])
+
+        yield source, adjoint.of(
+            function, error, 0, source, name=str(node.target), spread=tuple(sorted(reduced)),
+            flavors=() if self.linear else (Flavor(0),),
+        )  # fmt: skip
+
     def reads(
         self, analysis: Analysis, node: fx.Node, live: Mapping[Ref, Mask]
     ) -> Iterator[tuple[Ref, Mask]]:
@@ -100,6 +125,7 @@ class Mean(Reduction):
 
     targets = (aten.mean.dim, aten.mean.default)
     keeps_constants = True
+    linear = True
 
     def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
         axis = self.merged_axis(rewriter, node)
@@ -121,6 +147,7 @@ class Sum(Reduction):
     """Sum; over the channels a merged node counts as often as it was merged."""
 
     targets = (aten.sum.dim_IntList, aten.sum.default)
+    linear = True
 
     def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
         axis = self.merged_axis(rewriter, node)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -14,6 +15,7 @@ from fxfib.coloring import (
 )
 from fxfib.passes.relations import Move, Refine, Same
 from fxfib.passes.rules.base import (
+    Barrier,
     hint,
     overloads,
     register,
@@ -22,6 +24,7 @@ from fxfib.passes.rules.movement import Movement
 from fxfib.passes.rules.tracing import move_relation, moved_factor
 
 if TYPE_CHECKING:
+    from fxfib.passes.backward import Adjoint, Error
     from fxfib.passes.forward import Analysis
     from fxfib.passes.rewrite import Rewriter
 
@@ -79,6 +82,22 @@ class Repeat(Movement):
             else:
                 analysis.full(source, [axis], "it is repeated a dynamic number of times")
         return Value(analysis.shape(node), tuple(factors))
+
+    def backward(
+        self, adjoint: Adjoint, node: fx.Node, error: Error
+    ) -> Iterable[tuple[fx.Node, fx.Node]]:
+        """Errors of the copies add."""
+        source, times = node.args[0], list(node.args[1])  # type: ignore[arg-type]
+        assert isinstance(source, fx.Node)
+        sizes = adjoint.sizes(source)
+        times = [1] * (len(sizes) - len(times)) + times
+        added = len(times) - len(sizes)
+        shape: list[Any] = list(times[:added])
+        for number, size in zip(times[added:], sizes, strict=True):
+            shape += [number, size]
+        split = adjoint.call(torch.ops.aten.view.default, error, shape)
+        copies = [*range(added), *range(added, len(shape), 2)]
+        yield source, adjoint.call(torch.ops.aten.sum.dim_IntList, split, copies)
 
 
 @register
@@ -224,6 +243,13 @@ class IndexSelect(Movement):
                 factors.append(moved_factor(factor, (own,), positions))
         analysis.full(index, None, "it is an index")
         return Value(analysis.shape(node), tuple(factors))
+
+    def backward(
+        self, adjoint: Adjoint, node: fx.Node, error: Error
+    ) -> Iterable[tuple[fx.Node, fx.Node]]:
+        if not adjoint.analysis.is_constant(node.args[2]):  # type: ignore[arg-type]
+            raise Barrier("it is indexed by a computed index")
+        yield from super().backward(adjoint, node, error)
 
     def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
         source, dim, index = node.args

@@ -24,6 +24,9 @@ class Softmax(PerChannel):
     def mixed_axes(self, analysis: Analysis, node: fx.Node) -> tuple[int, ...]:
         return (analysis.arguments(node)["dim"],)
 
+    def linear(self, node: fx.Node) -> bool:
+        return "cumsum" in str(node.target)
+
     def examples(self) -> Iterable[Any]:
         from fxfib.passes.rules import examples
 

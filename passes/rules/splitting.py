@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +26,7 @@ from fxfib.passes.rules.slicing import AlongAxis
 from fxfib.passes.rules.tracing import moved_factor
 
 if TYPE_CHECKING:
+    from fxfib.passes.backward import Adjoint, Error
     from fxfib.passes.forward import Analysis
     from fxfib.passes.rewrite import Rewriter
 
@@ -83,6 +85,13 @@ class Parts(AlongAxis):
                 analysis.relate(Same((out, own), (source, own)))
                 factors.append(factor)
         return Value(analysis.shape(out), tuple(factors))
+
+    def backward(
+        self, adjoint: Adjoint, node: fx.Node, error: Error
+    ) -> Iterable[tuple[fx.Node, fx.Node]]:
+        """Every part's errors go back to its slice."""
+        for number, part in error.items():
+            yield node.args[0], adjoint.moved_back(node, {number: part}, 0)  # type: ignore[misc]
 
     def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
         source = node.args[0]

@@ -1,0 +1,157 @@
+"""Opfibers and covers of a layer's nodes (Eq. 5 to Eq. 9).
+
+Two nodes are in one *opfiber* when their errors are equal, in one *cover* when their activations are
+equal too.  Then gradient descent changes their weights alike: the rows of a layer get the gradient
+``error x input``.  So a cover is taken where the weights are read: at the layer's own output, at
+whatever scales it channel by channel behind (batch norm has parameters of its own), and over all
+the calls that share the weights.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import fx
+
+from fxfib.coloring import FIRST_FREE, Factor, Labels, first_appearance, unique_rows
+from fxfib.passes.backward import Colored, Continued, Within
+from fxfib.passes.groups import layer_name
+from fxfib.passes.relations import Ref, Same
+from fxfib.passes.rules import find_rule
+from fxfib.passes.rules.base import is_tensor
+
+SYMMETRIES = ("fiber", "opfiber", "cover", "stable")
+
+
+def plain(factor: Factor | None, size: int) -> Labels:
+    """Labels of nodes that are equal, factors included; all distinct where nothing is known."""
+    return np.arange(size) if factor is None else unique_rows(factor.labels, factor.scales)
+
+
+def size_of(analysis: Colored, ref: Ref) -> int:
+    """How many nodes an axis has, one inside an op included."""
+    node, axis = ref
+    return analysis.inner_sizes[ref] if isinstance(axis, str) else analysis.shape(node)[axis]
+
+
+def fiber_of(analysis: Colored, ref: Ref) -> Labels:
+    """Nodes with equal activations (Eq. 4)."""
+    node, axis = ref
+    if isinstance(axis, str):
+        factor = analysis.value(node).inner.get(axis)
+        if factor is not None:
+            # Zero states are equal, but the gates behind them need not be.
+            fresh = np.arange(len(factor.labels)) + factor.labels.max(initial=0) + 1
+            zero = factor.labels < FIRST_FREE
+            return unique_rows(np.where(zero, fresh, factor.keyed() + 1))
+        return np.arange(size_of(analysis, ref))
+    return plain(analysis.factor(node, axis), analysis.shape(node)[axis])
+
+
+def opfiber_of(analysis: Colored, ref: Ref) -> Labels:
+    """Nodes with equal errors (Eq. 6)."""
+    node, axis = ref
+    if isinstance(axis, str):
+        return plain(analysis.inner_errors.get(ref), size_of(analysis, ref))
+    return plain(analysis.error_factor(node, axis), analysis.shape(node)[axis])
+
+
+def channel_by_channel(analysis: Colored, ref: Ref) -> list[Ref]:
+    """The axis, and the same axis behind ops with parameters that absorbed it (batch norm)."""
+    found = [ref]
+    node, axis = ref
+    seen: fx.Node | None = node
+    while seen is not None and not isinstance(axis, str):
+        uses = analysis.gains.get(seen, [])
+        seen = None
+        for user, _ in uses:
+            sources = [s for s in user.all_input_nodes if s is not found[-1][0] and is_tensor(s)]
+            if sources and all(analysis.is_constant(s) for s in sources):
+                found.append((user, axis))
+                seen = user
+                break
+    return found
+
+
+def layers(analysis: Colored, forward: list[fx.Node]) -> dict[str, list[tuple[str, Ref]]]:
+    """The axes of nodes that layers make, by the layer's name; several calls of one layer."""
+    found: dict[str, list[tuple[str, Ref]]] = {}
+    for node in forward:
+        rule = find_rule(node)
+        if rule is not None and node in analysis.by_node:
+            for part, ref in rule.produces(analysis, node):
+                base = layer_name(node)
+                name = f"{base} ({part})" if part else base
+                calls = found.setdefault(name, [])
+                key = name if not calls else f"{name} (call {len(calls) + 1})"
+                calls.append((key, ref))
+    return found
+
+
+def labels_of(analysis: Colored, forward: list[fx.Node], symmetry: str) -> dict[str, Labels]:
+    """Fibers, opfibers or covers of the output nodes of every layer and call.
+
+    Labels are numbered by first appearance.  Fibers are plain ones: activations are equal, not
+    merely proportional.
+    """
+    result: dict[str, Labels] = {}
+    for calls in layers(analysis, forward).values():
+        joint: list[Labels] = []
+        for _, ref in calls:
+            if symmetry in ("cover", "stable"):
+                for place in channel_by_channel(analysis, ref):
+                    joint += [fiber_of(analysis, place), opfiber_of(analysis, place)]
+        for key, ref in calls:
+            if joint:
+                result[key] = unique_rows(*joint)
+            else:
+                of = fiber_of if symmetry == "fiber" else opfiber_of
+                result[key] = first_appearance(of(analysis, ref))
+    return result
+
+
+def stable(
+    continued: Continued,
+    eps: float = 0.0,
+    opfiber_eps: float | None = None,
+    criterion: str = "fibration",
+) -> Colored:
+    """Colors of covers that gradient descent cannot split (Theorem 2.1).
+
+    Pairs of fibers and opfibers (Eq. 9) sum weights over fibers and over opfibers; a step changes
+    weights alike within covers only, so a fiber that is no cover falls apart, and with it what was
+    summed over it.  What lasts is the coarsest partition that is balanced both ways *over itself*:
+    colors are refined by the covers they make until nothing changes.
+    """
+    within: Within = {}
+    while True:
+        analysis = continued.color(eps, opfiber_eps, criterion, within)
+        new: dict[tuple[fx.Node, int], Labels] = {}
+        for node in continued.errors:
+            if node in continued.added:
+                continue
+            for axis in range(len(analysis.shape(node))):
+                factor, error = analysis.factor(node, axis), analysis.error_factor(node, axis)
+                if factor is not None or error is not None:
+                    size = analysis.shape(node)[axis]
+                    new[node, axis] = unique_rows(plain(factor, size), plain(error, size))
+        for refs in shared(analysis, continued.values):
+            met = unique_rows(*[new[ref] for ref in refs if ref in new])
+            new.update({ref: met for ref in refs if ref in new})
+        count = {ref: int(found.max(initial=-1)) for ref, found in new.items()}
+        if count == {ref: int(found.max(initial=-1)) for ref, found in within.items()}:
+            return analysis
+        within = new
+
+
+def shared(analysis: Colored, forward: list[fx.Node]) -> list[list[tuple[fx.Node, int]]]:
+    """Axes of values that calls with the same weights make, or read, by the weights' own axes."""
+    found: dict[Ref, list[tuple[fx.Node, int]]] = {}
+    for node in forward:
+        for relation in analysis.by_node.get(node, ()):
+            if not isinstance(relation, Same):
+                continue
+            for one, other in ((relation.a, relation.b), (relation.b, relation.a)):
+                if analysis.is_constant(one[0]) and not analysis.is_constant(other[0]):
+                    if isinstance(other[1], int):
+                        found.setdefault(one, []).append((other[0], other[1]))
+    return [list(dict.fromkeys(refs)) for refs in found.values() if len(set(refs)) > 1]
