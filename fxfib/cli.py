@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import fxfib
 from fxfib.errors import ExportError, FxfibError, InputError, LoadError
+from fxfib.passes.cover import SYMMETRIES
 
 if TYPE_CHECKING:
     from fxfib.modules import FibrationModule
@@ -92,7 +93,12 @@ def _color(options: argparse.Namespace) -> None:
     source = _load(options)
     args, kwargs = source.inputs(options.input)
     coloring = fxfib.color(
-        source.module, args, options.eps, options.symmetry, example_kwargs=kwargs or None
+        source.module,
+        args,
+        options.eps,
+        options.symmetry,
+        opfiber_eps=options.opfiber_eps,
+        example_kwargs=kwargs or None,
     )
     print(json.dumps(coloring.to_dict(), indent=2) if options.json else coloring)
 
@@ -238,8 +244,9 @@ def _parser() -> argparse.ArgumentParser:
     color.add_argument(
         "--eps", type=_eps, default=0.0, help="fiber precision; 0 (default) is exact"
     )
+    color.add_argument("--symmetry", choices=SYMMETRIES, default="fiber")
     color.add_argument(
-        "--symmetry", choices=("fiber", "opfiber", "cover", "stable"), default="fiber"
+        "--opfiber-eps", type=_eps, help="precision of the opfibers; by default that of the fibers"
     )
 
     export = _command(commands, "export", _export, "write a model as ONNX, checked in ONNX Runtime")

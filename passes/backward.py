@@ -28,7 +28,14 @@ from fxfib.passes.forward import Analysis, op_name
 from fxfib.passes.relations import Ref, Same
 from fxfib.passes.rules import find_rule
 from fxfib.passes.rules.base import Barrier, Flavor, Rule, is_tensor
-from fxfib.passes.rules.derivative import FLAVORED, MOVED_BACK, OPAQUE, Derivative
+from fxfib.passes.rules.derivative import (
+    FLAVORED,
+    MOVED_BACK,
+    OPAQUE,
+    Derivative,
+    equal_nodes,
+    slack,
+)
 
 aten = torch.ops.aten
 
@@ -370,7 +377,7 @@ class Colored(Analysis):
 
     def _refined(self, node: fx.Node, factor: Factor) -> Factor:
         """Nothing that training may change counts: no constants, no factors, no sums of shifts."""
-        columns: list[Any] = [factor.labels, factor.scales]
+        columns: list[Any] = [equal_nodes(factor, slack(self))]
         for axis in factor.axes:
             known = (self.within or {}).get((self._value_of.get(node, node), axis))
             shape = [-1 if a == axis else 1 for a in factor.axes]

@@ -1,15 +1,16 @@
 """Opfibers and covers of a layer's nodes (Eq. 5 to Eq. 9).
 
-Two nodes are in one *opfiber* when their errors are equal, in one *cover* when their activations are
-equal too.  Then gradient descent changes their weights alike: the rows of a layer get the gradient
-``error x input``.  So a cover is taken where the weights are read: at the layer's own output, at
-whatever scales it channel by channel behind (batch norm has parameters of its own), and over all
-the calls that share the weights.
+Two nodes are in one *opfiber* when their errors are equal, in one *cover* when their activations
+are equal too.  Then gradient descent changes their weights alike: the rows of a layer get the
+gradient ``error x input``.  So a cover is taken where the weights are read: at the layer's own
+output, at whatever scales it channel by channel behind (batch norm has parameters of its own), and
+over all the calls that share the weights.
 """
 
 from __future__ import annotations
 
 import numpy as np
+import torch
 from torch import fx
 
 from fxfib.coloring import FIRST_FREE, Factor, Labels, first_appearance, unique_rows
@@ -18,13 +19,14 @@ from fxfib.passes.groups import layer_name
 from fxfib.passes.relations import Ref, Same
 from fxfib.passes.rules import find_rule
 from fxfib.passes.rules.base import is_tensor
+from fxfib.passes.rules.derivative import equal_nodes, slack
 
 SYMMETRIES = ("fiber", "opfiber", "cover", "stable")
 
 
-def plain(factor: Factor | None, size: int) -> Labels:
+def plain(analysis: Colored, factor: Factor | None, size: int) -> Labels:
     """Labels of nodes that are equal, factors included; all distinct where nothing is known."""
-    return np.arange(size) if factor is None else unique_rows(factor.labels, factor.scales)
+    return np.arange(size) if factor is None else equal_nodes(factor, slack(analysis))
 
 
 def size_of(analysis: Colored, ref: Ref) -> int:
@@ -44,15 +46,15 @@ def fiber_of(analysis: Colored, ref: Ref) -> Labels:
             zero = factor.labels < FIRST_FREE
             return unique_rows(np.where(zero, fresh, factor.keyed() + 1))
         return np.arange(size_of(analysis, ref))
-    return plain(analysis.factor(node, axis), analysis.shape(node)[axis])
+    return plain(analysis, analysis.factor(node, axis), analysis.shape(node)[axis])
 
 
 def opfiber_of(analysis: Colored, ref: Ref) -> Labels:
     """Nodes with equal errors (Eq. 6)."""
     node, axis = ref
     if isinstance(axis, str):
-        return plain(analysis.inner_errors.get(ref), size_of(analysis, ref))
-    return plain(analysis.error_factor(node, axis), analysis.shape(node)[axis])
+        return plain(analysis, analysis.inner_errors.get(ref), size_of(analysis, ref))
+    return plain(analysis, analysis.error_factor(node, axis), analysis.shape(node)[axis])
 
 
 def channel_by_channel(analysis: Colored, ref: Ref) -> list[Ref]:
@@ -100,6 +102,8 @@ def labels_of(analysis: Colored, forward: list[fx.Node], symmetry: str) -> dict[
             if symmetry in ("cover", "stable"):
                 for place in channel_by_channel(analysis, ref):
                     joint += [fiber_of(analysis, place), opfiber_of(analysis, place)]
+                grouped = alike(analysis, ref[0])
+                joint += [] if grouped is None else [grouped]
         for key, ref in calls:
             if joint:
                 result[key] = unique_rows(*joint)
@@ -133,7 +137,9 @@ def stable(
                 factor, error = analysis.factor(node, axis), analysis.error_factor(node, axis)
                 if factor is not None or error is not None:
                     size = analysis.shape(node)[axis]
-                    new[node, axis] = unique_rows(plain(factor, size), plain(error, size))
+                    new[node, axis] = unique_rows(
+                        plain(analysis, factor, size), plain(analysis, error, size)
+                    )
         for refs in shared(analysis, continued.values):
             met = unique_rows(*[new[ref] for ref in refs if ref in new])
             new.update({ref: met for ref in refs if ref in new})
@@ -150,8 +156,69 @@ def shared(analysis: Colored, forward: list[fx.Node]) -> list[list[tuple[fx.Node
         for relation in analysis.by_node.get(node, ()):
             if not isinstance(relation, Same):
                 continue
-            for one, other in ((relation.a, relation.b), (relation.b, relation.a)):
-                if analysis.is_constant(one[0]) and not analysis.is_constant(other[0]):
-                    if isinstance(other[1], int):
-                        found.setdefault(one, []).append((other[0], other[1]))
+            for one, (value, axis) in ((relation.a, relation.b), (relation.b, relation.a)):
+                tied = analysis.is_constant(one[0]) and not analysis.is_constant(value)
+                if tied and isinstance(axis, int):
+                    found.setdefault(one, []).append((value, axis))
     return [list(dict.fromkeys(refs)) for refs in found.values() if len(set(refs)) > 1]
+
+
+def blocks(analysis: Colored, forward: list[fx.Node]) -> dict[tuple[fx.Node, int], Labels]:
+    """Along which axes of parameters the loss has equal gradients (Eq. 8).
+
+    Rows whose outputs are in one opfiber, columns whose inputs are in one fiber.  A parameter of
+    one number a node enters through its activation, too; one that is used several times has what
+    holds in every use.
+
+    Returns:
+        For a parameter (its node) and one of its axes, labels of the positions.
+    """
+    found: dict[tuple[fx.Node, int], list[Labels]] = {}
+    for node in forward:
+        relations = [r for r in analysis.by_node.get(node, ()) if isinstance(r, Same)]
+        for relation in relations:
+            for (source, own), ref in ((relation.a, relation.b), (relation.b, relation.a)):
+                if isinstance(own, str) or not analysis.is_constant(source):
+                    continue
+                if analysis.is_constant(ref[0]) or isinstance(ref[1], str):
+                    continue
+                labels = found.setdefault((source, own), [])
+                if ref[0] is not node:
+                    labels.append(fiber_of(analysis, ref))
+                else:
+                    labels.append(opfiber_of(analysis, ref))
+                    labels += _entering(analysis, node, ref, relations)
+                groups = int(analysis.arguments(node).get("groups") or 1)
+                if groups > 1:
+                    labels.append(np.arange(len(labels[0])) * groups // len(labels[0]))
+    return {ref: unique_rows(*labels) for ref, labels in found.items()}
+
+
+def _entering(analysis: Colored, node: fx.Node, ref: Ref, relations: list[Same]) -> list[Labels]:
+    """What else the gradient of a parameter along an op's output depends on, node by node."""
+    beside = []
+    values = False
+    for relation in relations:
+        for one, (other, axis) in ((relation.a, relation.b), (relation.b, relation.a)):
+            if one != ref or isinstance(axis, str) or other is node:
+                continue
+            if not analysis.is_constant(other):
+                values = True
+                beside.append(fiber_of(analysis, (other, axis)))
+            elif len(analysis.shape(other)) == 1:
+                numbers = analysis.constant(other).to(torch.float64).numpy()
+                beside.append(unique_rows(numbers))
+    # A bias or a row meets no activation of its own node.
+    return [*beside, fiber_of(analysis, ref)] if values else []
+
+
+def alike(analysis: Colored, node: fx.Node) -> Labels | None:
+    """Output nodes of a grouped convolution that read inputs of equal activations, in order."""
+    bound = analysis.arguments(node) if hasattr(node.target, "_schema") else {}
+    groups = bound.get("groups") or 1
+    if groups == 1 or "weight" not in bound:
+        return None
+    source = bound["input"]
+    axis = len(analysis.shape(source)) - (len(analysis.shape(bound["weight"])) - 1)
+    inputs = fiber_of(analysis, (source, axis)).reshape(groups, -1)
+    return np.repeat(unique_rows(*inputs.T), analysis.shape(node)[axis] // groups)

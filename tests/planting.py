@@ -219,6 +219,8 @@ class Builder:
     log: list[str] = field(default_factory=list)
     counter: int = 0
     scales: tuple[float, ...] = (1.0, 1.0, 0.5, 2.0, 4.0)
+    before: tuple[float, ...] = (1.0, 1.0, -1.0, 2.0, -0.5)
+    covers: bool = False  # copies get equal errors, too: their columns sum alike over copies
 
     def __post_init__(self) -> None:
         self.rng = np.random.default_rng(self.seed)
@@ -257,6 +259,8 @@ class Builder:
         """New channels: 1 to 3 copies each, sometimes constants and unread ones."""
         start = self.tag() * 64 * 64
         inside = size // blocks
+        whole = whole or self.covers
+        scaled = scaled and not self.covers
         times = self.rng.choice([1, 1, 2, 3], size=inside)
         if even:
             times = np.full(inside, self.pick((1, 2, 3)))
@@ -348,6 +352,13 @@ class Builder:
         zero_sum = raw - np.einsum("ict,jc->ijt", mean, onto)
         alone = (onto @ counts) <= 1
         zero_sum[:, alone] = 0.0
+        if self.covers:
+            several = np.zeros((len(out), out.size))
+            read = np.flatnonzero(out.member >= 0)
+            several[read, out.member[read]] = 1.0
+            share = np.einsum("ijt,ic->cjt", zero_sum, several)
+            share /= np.maximum(several.sum(0), 1.0)[:, None, None]
+            zero_sum = zero_sum - np.einsum("cjt,ic->ijt", share, several)
         rows = np.where((out.member >= 0)[:, None, None], weight[np.maximum(out.member, 0)], 0.0)
         spread = (
             rows[:, np.maximum(source.member, 0)]

@@ -101,7 +101,7 @@ def affine(
     target = out
     if normed:
         # Before a norm a copy may carry any factor, of any sign: the norm's gain undoes it.
-        signs = b.rng.choice([1.0, 1.0, -1.0, 2.0, -0.5], size=10007)
+        signs = b.rng.choice(b.before, size=10007)
         before = signs[out.ident % 10007]
         values = np.where(out.constant, noise(b.seed, out.ident) * 2 - 1, 0.0)
         target = replace(out, value=values)
@@ -294,7 +294,7 @@ def batch_norm(b: Builder, v: Val, out: Copies, before: Any = None) -> Val:
     own = np.maximum(v.copies.member, 0)
     divisor = np.where(v.copies.member >= 0, v.copies.scale if before is None else before, 1.0)
     ident = v.copies.ident
-    if b.flip():  # the affine result is the same, its four parts are not
+    if b.flip() and not b.covers:  # the affine result is the same, its four parts are not
         wide_variance = 0.3 + noise(tag, ident)
         wide_mean = noise(tag + 1, ident) * 2 - 1
     else:
@@ -913,7 +913,14 @@ def source(b: Builder, name: str) -> tuple[Val, Tensor]:
     return layer(b, v), value
 
 
-def plant(seed: int, *, order: int = 0, near: bool = False, steps: int | None = None) -> Planted:
+def plant(
+    seed: int,
+    *,
+    order: int = 0,
+    near: bool = False,
+    steps: int | None = None,
+    covers: bool = False,
+) -> Planted:
     """A random network with planted fibers.
 
     Args:
@@ -921,8 +928,11 @@ def plant(seed: int, *, order: int = 0, near: bool = False, steps: int | None = 
         order: decides the order of the channels in the wider network, and nothing more.
         near: change one parameter of one copy by a relative 1e-3.
         steps: how many operations to try after the inputs; None: 3 to 10.
+        covers: copies get equal errors as well.
     """
     b = Builder(seed, order)
+    if covers:
+        b = Builder(seed, order, scales=(1.0,), before=(1.0,), covers=True)
     names = ["first", "second", "third"][: int(b.rng.choice([1, 1, 1, 2, 3]))]
     made = [source(b, name) for name in names]
     values, inputs = [v for v, _ in made], tuple(x for _, x in made)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import fx
 
@@ -121,8 +122,9 @@ class Flavored(Rule):
                 continue
             factor = analysis.factor(error, axis)
             if factor is not None:
-                shift = axis in derivative.common
-                factors.append(flavored_factor(factor, labels, known, shift, axis))
+                if axis in derivative.common:
+                    factor = unscaled(factor, slack(analysis))
+                factors.append(flavored_factor(factor, labels, known, axis))
         return Value(shape, tuple(factors), form)
 
 
@@ -229,17 +231,56 @@ def flavors_along(
         if factor is None:
             return None
         number = constant_values(factor)
+        at_kink = factor.constant & ~smooth(derivative, number)
         if derivative.slope is not None:
-            known = np.where(factor.constant, derivative.slope(number), np.nan)
+            usable = factor.constant & ~at_kink
+            known = np.where(usable, derivative.slope(number), np.nan)
         labels = np.where(factor.constant, ONE, factor.labels)
-        scales = np.where(factor.constant, number, factor.scales)
+        # On which side of a kink a constant lies is decided by its rounding.
+        labels = np.where(at_kink, np.arange(size) + factor.labels.max(initial=0) + 1, labels)
         if flavor.direction:
             scales = np.where(factor.constant, np.sign(number), 1.0)
-        columns += [labels, scales]
+            columns += [labels, scales]
+        else:
+            columns += [labels, equal_nodes(factor, slack(analysis))]
     labels = unique_rows(*columns) if columns else None
     if labels is not None and known is not None:
         labels = np.where(np.isnan(known), labels + 1, 0)
     return labels, known
+
+
+def slack(analysis: Analysis) -> float:
+    """How far two factors may be apart, relatively, and still be called equal."""
+    return 256 * analysis.roundoff + analysis.eps
+
+
+def equal_nodes(factor: Factor, tolerance: float) -> Labels:
+    """Labels of nodes that are equal, not merely proportional; factors are equal but for rounding.
+
+    Factors of one color are sorted; each class reaches ``1 + tolerance`` above its smallest.
+    """
+    labels, scales = factor.labels.reshape(-1), factor.scales.reshape(-1)
+    if np.all(scales == 1.0):
+        return unique_rows(factor.labels)
+    order = np.lexsort((scales, labels))
+    found = np.zeros(len(labels), dtype=np.int64)
+    number, first = -1, 0
+    for place, node in enumerate(order):
+        lead = order[first]
+        reach = np.abs(scales[lead]) * tolerance
+        if not place or labels[node] != labels[lead] or scales[node] - scales[lead] > reach:
+            number, first = number + 1, place
+        found[node] = number
+    return unique_rows(found.reshape(factor.labels.shape))
+
+
+def smooth(derivative: Derivative, numbers: Floats) -> npt.NDArray[np.bool_]:
+    """Where a number is no kink of the function: its slope is the same on both sides."""
+    if derivative.slope is None:
+        return numbers != 0.0
+    step = 1e-9 * np.maximum(np.abs(numbers), 1.0)
+    before, after = derivative.slope(numbers - step), derivative.slope(numbers + step)
+    return np.isclose(before, after, rtol=1e-6, atol=1e-6)
 
 
 def flavored_form(form: Form, labels: Labels | None, known: Floats | None, roundoff: float) -> Form:
@@ -252,13 +293,18 @@ def flavored_form(form: Form, labels: Labels | None, known: Floats | None, round
     return replace(form, must_match=match)
 
 
+def unscaled(factor: Factor, tolerance: float) -> Factor:
+    """Nodes to all of which one number is added: only equal ones stay alike, and none is zero."""
+    labels = equal_nodes(factor, tolerance) + FIRST_FREE
+    return Factor(factor.axes, labels, np.ones(labels.shape), renumbered(factor.space))
+
+
 def flavored_factor(
-    factor: Factor, labels: Labels | None, known: Floats | None, shift: bool, axis: int
+    factor: Factor, labels: Labels | None, known: Floats | None, axis: int
 ) -> Factor:
-    """Colors of errors met with the flavors; ``shift``: a common number is added to all."""
-    found, scales = factor.labels, factor.scales
-    zero = factor.labels == ZERO
-    columns: list[Any] = [found]
+    """Colors of errors met with the flavors."""
+    scales, zero = factor.scales, factor.labels == ZERO
+    columns: list[Any] = [factor.labels]
     if labels is not None:
         columns.append(labels)
     if known is not None:
@@ -266,11 +312,7 @@ def flavored_factor(
         zero = zero | (slope == 0.0)
         columns.append(np.sign(slope))
         scales = scales * np.where(slope == 0.0, 1.0, np.abs(slope))
-    if shift:
-        columns.append(scales)
-        scales, zero = np.ones(len(found)), np.zeros(len(found), dtype=bool)
-    fresh = unique_rows(*columns) + FIRST_FREE
-    fresh = np.where(zero, ZERO, fresh)
+    fresh = np.where(zero, ZERO, unique_rows(*columns) + FIRST_FREE)
     return Factor((axis,), fresh, np.where(zero, 1.0, scales), renumbered(factor.space))
 
 

@@ -30,6 +30,8 @@ class Reduction(Rule):
     keeps_constants = False
     #: Whether errors depend on no activation.
     linear = False
+    #: Whether nodes that are equal compete for the error: rounding decides which of them gets it.
+    ties = False
 
     def reduced(self, analysis: Analysis, node: fx.Node) -> tuple[set[int], bool]:
         bound = analysis.arguments(node)
@@ -90,8 +92,10 @@ class Reduction(Rule):
             out = target(x, *rest, **named)  # type: ignore[operator]
             return out.reshape([1 if a in reduced else n for a, n in enumerate(x.shape)])
 
+        along = tuple(sorted(reduced))
         yield source, adjoint.of(
-            function, error, 0, source, name=str(node.target), spread=tuple(sorted(reduced)),
+            function, error, 0, source, name=str(node.target),
+            spread=() if self.ties else along, mixed=along if self.ties else (),
             flavors=() if self.linear else (Flavor(0),),
         )  # fmt: skip
 
@@ -167,6 +171,7 @@ class Extreme(Reduction):
 
     targets = (*overloads("amax", "amin"), aten.max.default, aten.min.default)
     keeps_constants = True
+    ties = True
 
 
 @register

@@ -1,0 +1,223 @@
+"""Errors, opfibers and covers beside what autograd says, in float64."""
+
+from __future__ import annotations
+
+import adjoint_checks
+import cover_checks
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fxfib
+from fxfib.capture import capture
+from fxfib.passes.backward import Continued
+from fxfib.passes.cover import labels_of, stable
+from fxfib.passes.rules import all_rules, derivative
+from fxfib.passes.rules.base import PerChannel, Rule
+from fxfib.passes.rules.batch_norm import BatchNorm
+from fxfib.passes.rules.linear import LinearMap
+
+from strategies import plant
+
+#: The families, each with one set of examples that reaches its ways to carry an error.
+EXAMPLES = [
+    *("Multiply-mul", "BatchNorm-Conv2d", "Concatenate-cat", "Convolution-Conv2d"),
+    *("Convolution-ConvTranspose1d", "GatedLinearUnit-glu", "GroupNorm-group_norm"),
+    *("InstanceNorm-instance_norm", "LayerNorm-norm", "RMSNorm-norm", "Linear-linear"),
+    *("Embedding-near=False", "MaxPool-antialias", "MaxPool-Conv1d", "PReLU-prelu"),
+    *("ConstantPad-pad", "Softmax-softmax", "Rearrange-sequence", "Filling-all"),
+]
+
+
+def example(name: str):
+    rule, _, wanted = name.partition("-")
+    for owner in all_rules().values():
+        if type(owner).__name__ == rule:
+            found = next((e for e in owner.examples() if e.name == wanted), None)
+            if found is not None:
+                return found
+    raise AssertionError(f"no example {name}")
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_errors_are_those_of_autograd_and_equal_in_opfibers(name: str) -> None:
+    chosen = example(name)
+    errors = adjoint_checks.errors_of(capture(chosen.module, chosen.inputs))
+    assert adjoint_checks.emitted_as_autograd(errors) > 2
+    adjoint_checks.equal_in_opfibers(errors)
+    opaque = {n.target.name for n in errors.continued.added if getattr(n.target, "reason", "")}
+    assert not opaque, f"nothing is known behind {opaque}"
+
+
+@pytest.mark.parametrize("covers", [False, True])
+@pytest.mark.parametrize("seed", range(12))
+def test_random_networks(seed: int, covers: bool) -> None:
+    """Errors at every node, gradients of every parameter; planted covers are found, all of them."""
+    planted = plant(seed, covers=covers)
+    captured = capture(planted.wide, planted.inputs)
+    errors = adjoint_checks.errors_of(captured)
+    assert adjoint_checks.emitted_as_autograd(errors) > 5
+    adjoint_checks.equal_in_opfibers(errors)
+    continued, analysis = errors.continued, errors.analysis
+    pairs = cover_checks.gradients_equal(analysis, continued, planted.wide, planted.inputs)
+    assert pairs > 0
+    found = labels_of(analysis, continued.values, "cover")
+    cover_checks.rows_equal(found, planted.wide, planted.inputs)
+    if covers:
+        fibers = labels_of(analysis, continued.values, "fiber")
+        assert all(np.array_equal(found[name], fibers[name]) for name in fibers)
+        assert any(len(np.unique(labels)) < len(labels) for labels in found.values())
+        lasting = labels_of(stable(continued), continued.values, "stable")
+        assert all(np.array_equal(found[name], lasting[name]) for name in fibers)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 4, 7])
+def test_near_misses_are_not_covers(seed: int) -> None:
+    colors = {}
+    for near in (False, True):
+        planted = plant(seed, covers=True, near=near)
+        continued = Continued(capture(planted.wide, planted.inputs).graph_module)
+        analysis = continued.color()
+        found = labels_of(analysis, continued.values, "cover")
+        cover_checks.rows_equal(found, planted.wide, planted.inputs)
+        cover_checks.gradients_equal(analysis, continued, planted.wide, planted.inputs)
+        colors[near] = sum(len(np.unique(labels)) for labels in found.values())
+    assert colors[True] > colors[False]
+
+
+@pytest.mark.parametrize("optimizer", cover_checks.OPTIMIZERS)
+@pytest.mark.parametrize("seed", [0, 4])
+def test_training_does_not_split_planted_covers(seed: int, optimizer: str) -> None:
+    planted = plant(seed, covers=True)
+    continued = Continued(capture(planted.wide, planted.inputs).graph_module)
+    before = cover_checks.covers_of(continued, "stable")
+    chosen = cover_checks.OPTIMIZERS[optimizer](planted.wide.parameters())
+    done = 0
+    for steps in (1, 10, 100):
+        cover_checks.train(planted.wide, planted.inputs, chosen, steps - done, done)
+        done = steps
+        # Copies are summed in another order, so their last digits differ.
+        after = labels_of(continued.color(1e-7), continued.values, "cover")
+        assert not cover_checks.coarsens(after, before), f"split after {steps} steps"
+    assert any(len(np.unique(labels)) < len(labels) for labels in before.values())
+
+
+def pair_of_layers(planted: bool) -> nn.Sequential:
+    """A cover whose rows differ over a fiber that is no cover itself."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)
+    ).double()
+    first, second, third = model[0], model[2], model[4]
+    with torch.no_grad():
+        first.weight[1], first.bias[1] = first.weight[0], first.bias[0]
+        second.weight[1], second.bias[1] = second.weight[0], second.bias[0]
+        third.weight[:, 1] = third.weight[:, 0]
+        if planted:
+            second.weight[1, 0] += 0.3
+            second.weight[1, 1] -= 0.3
+    return model
+
+
+def test_a_cover_by_eq_9_may_split_and_a_stable_one_does_not() -> None:
+    """Fibers that are no covers fall apart in one step, and what was summed over them with it."""
+    inputs = (torch.randn(7, 3, dtype=torch.float64),)
+    model = pair_of_layers(True)
+    continued = Continued(capture(model, inputs).graph_module)
+    before = cover_checks.covers_of(continued)
+    assert before["2"].tolist() == [0, 0, 1, 2, 3]
+    assert cover_checks.covers_of(continued, "stable")["2"].tolist() == [0, 1, 2, 3, 4]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    (model(*inputs) - 1).square().mean().backward()
+    rows = model[2].weight.grad[:2]
+    assert torch.equal(rows[0], rows[1])  # learning is synchronised (Eq. 8) ...
+    optimizer.step()
+    after = cover_checks.covers_of(continued)
+    assert cover_checks.coarsens(after, before) == ["2"]  # ... and the cover is gone
+
+
+def test_pairing_two_colorings_computed_apart_is_no_cover() -> None:
+    """Equal columns over the next layer's fibers, equal rows: still the gradients differ."""
+    inputs = (torch.randn(7, 3, dtype=torch.float64),)
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2))
+    model = model.double()
+    with torch.no_grad():
+        model[0].weight[1], model[0].bias[1] = model[0].weight[0], model[0].bias[0]
+        model[2].weight[:, 0] = torch.tensor([1.0, 0.5])
+        model[2].weight[:, 1] = torch.tensor([0.5, 1.0])  # equal sums over both rows
+        model[4].weight[:, 1] = model[4].weight[:, 0]  # equal columns, unequal activations
+    colors = fxfib.color(model, inputs, symmetry="cover")
+    assert colors.labels["0"].tolist() == [0, 1]
+    (model(*inputs) - 1).square().mean().backward()
+    assert not torch.allclose(*model[0].weight.grad)
+
+
+# -- wrong rules -----------------------------------------------------------------------------------
+
+
+def network() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    """Square layers, a pooled convolution with batch norm, planted columns."""
+    torch.manual_seed(2)
+    model = nn.Sequential(
+        nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(20, 7), nn.Tanh(), nn.Linear(7, 7), nn.Tanh(), nn.Linear(7, 3),
+    )  # fmt: skip
+    model = model.double().eval()
+    with torch.no_grad():
+        model[1].running_var.uniform_(0.5, 2.0)
+        model[5].weight[:, 4:8] = model[5].weight[:, :4]
+        model[7].weight[:, 1] = model[7].weight[:, 0]
+    return model, (torch.randn(4, 3, 4, 4, dtype=torch.float64),)
+
+
+def check_network() -> None:
+    errors = adjoint_checks.errors_of(capture(*network()))
+    assert adjoint_checks.emitted_as_autograd(errors) > 5
+    adjoint_checks.equal_in_opfibers(errors)
+
+
+def flavor_ignored(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(derivative, "flavors_along", lambda *_: (None, None))
+
+
+def summed_over_inputs(patch: pytest.MonkeyPatch) -> None:
+    right = LinearMap.backward
+
+    def backward(self: LinearMap, adjoint, node, error):
+        source, weight, _, _ = self.operands(adjoint.analysis, node)
+        if weight.meta["val"].shape[0] != weight.meta["val"].shape[1]:
+            return right(self, adjoint, node, error)
+        return [(source, adjoint.call(torch.ops.aten.linear.default, error, weight))]
+
+    patch.setattr(LinearMap, "backward", backward)
+
+
+def pooling_ignored(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(PerChannel, "linear", lambda *_: True)
+
+
+def batch_norm_ignored(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(BatchNorm, "backward", lambda self, adjoint, node, e: [(node.args[0], e)])
+
+
+WRONG = [flavor_ignored, summed_over_inputs, pooling_ignored, batch_norm_ignored]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_backward_rules_are_caught(wrong, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_network()
+    wrong(monkeypatch)
+    with pytest.raises(AssertionError):
+        check_network()
+
+
+def test_every_rule_without_a_backward_part_is_a_barrier() -> None:
+    """The default is a refusal, never a guess."""
+
+    class Unknown(Rule):
+        pass
+
+    with pytest.raises(Exception, match="no backward rule"):
+        list(Unknown().backward(None, None, None))  # type: ignore[arg-type]
