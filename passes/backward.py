@@ -55,6 +55,7 @@ class Adjoint:
         seeds: the graph's own outputs and the placeholders of their errors, in order.
         errors: the error of every value that the loss depends on.
         nodes: what was added, in order.
+        gates: of nodes inside a recurrent cell, how many gates each has, and their values.
     """
 
     def __init__(self, analysis: Analysis) -> None:
@@ -63,6 +64,7 @@ class Adjoint:
         self.seeds: list[tuple[fx.Node, fx.Node]] = []
         self.errors: dict[fx.Node, fx.Node] = {}
         self.nodes: list[fx.Node] = []
+        self.gates: dict[Ref, tuple[int, list[fx.Node]]] = {}
         self._output = next(n for n in self.graph.nodes if n.op == "output")
         self._current: fx.Node | None = None
         self._parts: dict[fx.Node, list[Any]] = {}
@@ -135,7 +137,9 @@ class Adjoint:
         nodes = [k for k, leaf in enumerate(leaves) if isinstance(leaf, fx.Node)]
         target = node.target
         item, given = None, error
-        if isinstance(error, dict):
+        if isinstance(error, dict) and options.get("items"):
+            given = [error[k] for k in options["items"]]
+        elif isinstance(error, dict):
             if len(error) > 1:
                 raise Barrier("errors of several of its outputs meet")
             ((item, given),) = error.items()
@@ -216,16 +220,19 @@ class Adjoint:
         self._back(order)
         return self
 
-    def through(self, node: fx.Node, error: fx.Node, result: fx.Node, start: int) -> Iterator[Any]:
+    def through(self, node: fx.Node, error: Error, result: Any, start: int) -> Iterator[Any]:
         """The errors behind a call that was written out by simpler calls.
 
         Args:
-            result: the value among ``nodes[start:]`` that stands for the output.
+            result: the value among ``nodes[start:]`` that stands for the output; of several
+                outputs, the values by number.
         """
         inner = list(self.nodes[start:])
         outside = [s for _, s in self.operands(node)]
         kept = {s: self._parts.pop(s) for s in outside if s in self._parts}
-        self._parts.setdefault(result, []).append(error)
+        for number, part in error.items() if isinstance(error, dict) else [(None, error)]:
+            into = result if number is None else result[number]
+            self._parts.setdefault(into, []).append(part)
         self._back(inner)
         found = [(s, part) for s in outside for part in self._parts.pop(s, [])]
         self._parts.update(kept)
@@ -319,6 +326,7 @@ class Continued:
         self.template.find()
         adjoint = Adjoint(self.template).build()
         self.errors, self.seeds, self.added = adjoint.errors, adjoint.seeds, set(adjoint.nodes)
+        self.gates = adjoint.gates
 
     def color(
         self,
@@ -341,7 +349,7 @@ class Continued:
 
 
 # Labels of the nodes along one axis of a value, and of its error.
-Within = Mapping[tuple[fx.Node, int], Labels]
+Within = Mapping[Ref, Labels]
 
 
 class Colored(Analysis):
@@ -397,6 +405,24 @@ class Colored(Analysis):
                 if self.is_constant(source) and own == 0 and len(self.shape(source)) == 1:
                     found.append(unique_rows(self.constant(source).to(torch.float64).numpy()))
         return found
+
+    def allowed(self, ref: Ref, labels: Labels) -> Labels:
+        within = (self.within or {}).get(ref)
+        return labels if within is None else unique_rows(labels, within) + FIRST_FREE
+
+    def inner_error(self, ref: Ref) -> Factor | None:
+        """The opfibers of nodes inside an op: of a recurrent cell, where all gates agree."""
+        if ref in self.continued.gates:
+            count, values = self.continued.gates[ref]
+            rows: list[Labels] = []
+            for value in values:
+                factor = self.error_factor(value, 1)
+                if factor is None:
+                    return None
+                rows += list(equal_nodes(factor, slack(self)).reshape(count, -1))
+            labels = unique_rows(*rows) + FIRST_FREE
+            return Factor((0,), labels, np.ones(len(labels)), ("gates", ref))
+        return self.inner_errors.get(ref)
 
     def error_factor(self, node: fx.Node, axis: int) -> Factor | None:
         """The coloring of the errors along one axis of a value: its opfibers."""

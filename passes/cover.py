@@ -53,7 +53,7 @@ def opfiber_of(analysis: Colored, ref: Ref) -> Labels:
     """Nodes with equal errors (Eq. 6)."""
     node, axis = ref
     if isinstance(axis, str):
-        return plain(analysis, analysis.inner_errors.get(ref), size_of(analysis, ref))
+        return plain(analysis, analysis.inner_error(ref), size_of(analysis, ref))
     return plain(analysis, analysis.error_factor(node, axis), analysis.shape(node)[axis])
 
 
@@ -129,7 +129,7 @@ def stable(
     within: Within = {}
     while True:
         analysis = continued.color(eps, opfiber_eps, criterion, within)
-        new: dict[tuple[fx.Node, int], Labels] = {}
+        new: dict[Ref, Labels] = {}
         for node in continued.errors:
             if node in continued.added:
                 continue
@@ -140,6 +140,10 @@ def stable(
                     new[node, axis] = unique_rows(
                         plain(analysis, factor, size), plain(analysis, error, size)
                     )
+        for node in continued.values:
+            for name in analysis.value(node).inner if node in analysis.values else ():
+                ref = (node, name)
+                new[ref] = unique_rows(fiber_of(analysis, ref), opfiber_of(analysis, ref))
         for refs in shared(analysis, continued.values):
             met = unique_rows(*[new[ref] for ref in refs if ref in new])
             new.update({ref: met for ref in refs if ref in new})

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxfib.coloring import Factor, Floats, Value
+from fxfib.coloring import Factor, Floats, Labels, Value
 from fxfib.graph_tools import is_idle_dropout
 from fxfib.passes.heads import Heads, find_heads
 from fxfib.passes.relations import Full, Ref, Relation
@@ -216,6 +216,10 @@ class Analysis:
         """An axis that exists only inside an op, such as the groups of a grouped convolution."""
         self.inner_sizes[node, name] = size
         return (node, name)
+
+    def allowed(self, ref: Ref, labels: Labels) -> Labels:
+        """The coarsest partition that an axis inside an op may start from."""
+        return labels
 
     def full(self, node: fx.Node, axes: Iterable[int] | None, reason: str) -> None:
         """No merging on the given axes (all, if None) of a node."""

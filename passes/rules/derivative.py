@@ -57,8 +57,11 @@ class Derivative:
         common: axes along which one number, the same for all nodes, is added.
         broadcast: the operand is first spread to the shape of the output.
         slope: the derivative where the flavor is a known number (float64 to float64).
+        kinked: it may have another slope on either side of zero.
         trace: as ``function``, for integers (-1: nothing) in a movement.
         reason, remedy: why nothing is known of the result.
+        items: the function has several outputs, and a list of errors comes of these.
+        context: what else the rule wants to know.
     """
 
     function: Callable[..., Any]
@@ -72,15 +75,18 @@ class Derivative:
     common: tuple[int, ...] = ()
     broadcast: bool = False
     slope: Callable[[Floats], Floats] | None = None
+    kinked: bool = False
     trace: Callable[..., Any] | None = None
     reason: str = ""
     remedy: str = ""
+    items: tuple[int, ...] = ()
+    context: Any = None
 
     @property
     def __name__(self) -> str:
         return f"derivative of {self.name}"
 
-    def __call__(self, error: torch.Tensor, *operands: Any) -> torch.Tensor:
+    def __call__(self, error: Any, *operands: Any) -> torch.Tensor:
         given = [o.detach() if isinstance(o, torch.Tensor) else o for o in operands]
         if self.broadcast:
             given[self.place] = given[self.place].expand(error.shape)
@@ -88,9 +94,11 @@ class Derivative:
             leaf = given[self.place].clone().requires_grad_()
             given[self.place] = leaf
             output = self.function(*given)
-            if not output.requires_grad:
+            outputs = [output[k] for k in self.items] if self.items else [output]
+            errors = list(error) if self.items else [error]
+            if not any(out.requires_grad for out in outputs):
                 return torch.zeros_like(leaf)
-            (gradient,) = torch.autograd.grad(output, leaf, error, allow_unused=True)
+            (gradient,) = torch.autograd.grad(outputs, leaf, errors, allow_unused=True)
         return torch.zeros_like(leaf) if gradient is None else gradient.detach()
 
 
@@ -117,7 +125,7 @@ class Flavored(Rule):
                 form = shared(form) if axis in derivative.common else form
                 continue
             if axis in derivative.spread:
-                if analysis.value(operands[derivative.place]).tracked(axis):
+                if analysis.value(operands[derivative.place]).tracked(axis):  # type: ignore[arg-type]
                     factors.append(one_color(node, axis, labels))
                 continue
             factor = analysis.factor(error, axis)
@@ -221,17 +229,14 @@ def flavors_along(
         if shape[own] != size:
             return None
         if analysis.is_constant(operand):  # type: ignore[arg-type]
-            factor: Factor | None = constant_factor(
-                analysis.constant(operand),
-                own,
-                operand.name,  # type: ignore[arg-type, union-attr]
-            )
+            tensor = analysis.constant(operand)  # type: ignore[arg-type]
+            factor: Factor | None = constant_factor(tensor, own, str(operand))
         else:
             factor = analysis.factor(operand, own)  # type: ignore[arg-type]
         if factor is None:
             return None
         number = constant_values(factor)
-        at_kink = factor.constant & ~smooth(derivative, number)
+        at_kink = factor.constant & ~smooth(derivative, number, flavor)
         if derivative.slope is not None:
             usable = factor.constant & ~at_kink
             known = np.where(usable, derivative.slope(number), np.nan)
@@ -243,10 +248,10 @@ def flavors_along(
             columns += [labels, scales]
         else:
             columns += [labels, equal_nodes(factor, slack(analysis))]
-    labels = unique_rows(*columns) if columns else None
-    if labels is not None and known is not None:
-        labels = np.where(np.isnan(known), labels + 1, 0)
-    return labels, known
+    joint = unique_rows(*columns) if columns else None
+    if joint is not None and known is not None:
+        joint = np.where(np.isnan(known), joint + 1, 0)
+    return joint, known
 
 
 def slack(analysis: Analysis) -> float:
@@ -274,10 +279,10 @@ def equal_nodes(factor: Factor, tolerance: float) -> Labels:
     return unique_rows(found.reshape(factor.labels.shape))
 
 
-def smooth(derivative: Derivative, numbers: Floats) -> npt.NDArray[np.bool_]:
+def smooth(derivative: Derivative, numbers: Floats, flavor: Flavor) -> npt.NDArray[np.bool_]:
     """Where a number is no kink of the function: its slope is the same on both sides."""
     if derivative.slope is None:
-        return numbers != 0.0
+        return (numbers != 0.0) | (not derivative.kinked and not flavor.direction)
     step = 1e-9 * np.maximum(np.abs(numbers), 1.0)
     before, after = derivative.slope(numbers - step), derivative.slope(numbers + step)
     return np.isclose(before, after, rtol=1e-6, atol=1e-6)

@@ -224,7 +224,9 @@ class Elementwise(Rule):
         """Node by node, the operands' activations being the flavors."""
         for place, operand in adjoint.operands(node):
             flavors = self.flavors(adjoint, node, operand)
-            found = adjoint.derivative(node, error, place, flavors=flavors, broadcast=True)
+            found = adjoint.derivative(
+                node, error, place, flavors=flavors, broadcast=True, kinked=True
+            )
             yield operand, adjoint.sum_to(found, operand)
 
     @staticmethod

@@ -143,11 +143,12 @@ class AxisNorm(Rule):
         if weight is not None:
             error = adjoint.call(aten.mul.Tensor, error, weight)
         rank = len(adjoint.analysis.shape(source))
-        functional = torch.nn.functional
-        normalize = functional.layer_norm if self.centered else functional.rms_norm
 
         def function(x: torch.Tensor) -> torch.Tensor:
-            return normalize(x, x.shape[rank - count :], eps=eps)  # type: ignore[operator]
+            shape = x.shape[rank - count :]
+            if self.centered:
+                return torch.nn.functional.layer_norm(x, shape, eps=eps or 0.0)
+            return torch.nn.functional.rms_norm(x, shape, eps=eps)
 
         yield source, adjoint.of(
             function, error, 0, source, name=str(node.target), flavors=(Flavor(0),),

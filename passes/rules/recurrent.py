@@ -13,6 +13,7 @@ from torch import fx
 from fxfib.coloring import FIRST_FREE, ONE, ZERO, Factor, Labels, Value
 from fxfib.passes.relations import Full, Keep, Move, Ref, Refine, Relation, Same, SameSize
 from fxfib.passes.rules.base import Barrier, Mask, Rule, columns_read, hint, register
+from fxfib.passes.rules.derivative import OPAQUE
 from fxfib.passes.rules.recurrence import (
     GRU,
     LSTM,
@@ -24,9 +25,11 @@ from fxfib.passes.rules.recurrence import (
     met,
     plain_factor,
 )
+from fxfib.passes.rules.recurrence_back import RECURRENT_BACK
 from fxfib.passes.rules.recurrent_state import Start, new_state, start_of
 
 if TYPE_CHECKING:
+    from fxfib.passes.backward import Adjoint, Error
     from fxfib.passes.forward import Analysis
     from fxfib.passes.rewrite import Rewriter
 
@@ -196,8 +199,8 @@ class Recurrent(Rule):
                 self.kind,
                 layer.weights(analysis),
                 factor,
-                met([start.factor for start in own]),
-                projected,
+                analysis.allowed((node, layer.hidden), met([start.factor for start in own])),
+                None if projected is None else analysis.allowed((node, layer.output), projected),
                 precision,
             )
             inner[layer.hidden] = plain_factor(hidden, node.name)
@@ -307,6 +310,32 @@ class Recurrent(Rule):
                 name = layer.output if number == 1 else layer.hidden
                 analysis.relate(Same((out, 2), (node, name)))
         return value
+
+    # -- errors ----------------------------------------------------------------------------
+
+    def backward(
+        self, adjoint: Adjoint, node: fx.Node, error: Error
+    ) -> Iterable[tuple[fx.Node, fx.Node]]:
+        """Through all layers and steps at once; of computed initial states nothing is known."""
+        source = adjoint.analysis.arguments(node)["input"]
+        check_parameters(
+            adjoint.analysis, source, [p for x in self.layers(adjoint.analysis, node)
+                                       for p in x.parameters]
+        )  # fmt: skip
+        items = tuple(sorted(error))
+        for place, operand in adjoint.operands(node):
+            if operand is source:
+                yield (
+                    source,
+                    adjoint.derivative(
+                        node, error, place, rule=RECURRENT_BACK, items=items, context=(self, node)
+                    ),
+                )
+            else:
+                yield operand, adjoint.derivative(
+                    node, error, place, rule=OPAQUE, items=items,
+                    reason="it is the initial state of a recurrent layer", remedy="start from zero",
+                )  # fmt: skip
 
     # -- who reads what --------------------------------------------------------------------
 

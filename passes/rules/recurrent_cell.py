@@ -31,9 +31,10 @@ from fxfib.passes.rules.recurrent import (
     rows_alive,
     smaller,
 )
-from fxfib.passes.rules.recurrent_state import Start, new_state, start_of
+from fxfib.passes.rules.recurrent_state import Start, makes_zeros, new_state, start_of
 
 if TYPE_CHECKING:
+    from fxfib.passes.backward import Adjoint, Error
     from fxfib.passes.forward import Analysis
     from fxfib.passes.rewrite import Rewriter
 
@@ -120,6 +121,42 @@ class RecurrentCell(Rule):
         shape = tuple(map(hint, node.meta["val"].shape))
         return Value(shape, (on_nodes(factor),), inner={layer.hidden: factor})
 
+    # -- errors ----------------------------------------------------------------------------
+
+    def written_out(
+        self, adjoint: Adjoint, node: fx.Node, rows: list[fx.Node], states: list[fx.Node]
+    ) -> dict[int, fx.Node]:
+        """The new states by simpler ops, from ``W_ih x + b_ih`` and ``W_hh h + b_hh``."""
+        raise NotImplementedError
+
+    def backward(
+        self, adjoint: Adjoint, node: fx.Node, error: Error
+    ) -> Iterable[tuple[fx.Node, fx.Node]]:
+        """The step written out, and the errors behind that."""
+        layer, states = self.layer(adjoint.analysis, node), self.states(adjoint.analysis, node)
+        source = adjoint.analysis.arguments(node)["input"]
+        check_parameters(adjoint.analysis, source, layer.parameters)
+        start = len(adjoint.nodes)
+        first = adjoint.call(aten.linear.default, source, layer.ih, layer.bias_ih)
+        if any(makes_zeros(state) for state in states):
+            # Zeros of a size that is computed; these have nodes that can be colored.
+            zeros = adjoint.call(aten.zeros_like.default, self.gates(adjoint, first)[0])
+            states = [zeros if makes_zeros(state) else state for state in states]
+        rows = [first, adjoint.call(aten.linear.default, states[0], layer.hh, layer.bias_hh)]
+        results = self.written_out(adjoint, node, rows, states)
+        given = error if isinstance(error, dict) else {0: error}
+        found = list(adjoint.through(node, given, results, start))
+        adjoint.gates[node, layer.hidden] = (self.kind.gates, rows[: 1 + self.kind.apart])
+        yield from found
+
+    def gates(self, adjoint: Adjoint, rows: fx.Node) -> list[fx.Node]:
+        """The gates' rows one by one."""
+        size = adjoint.analysis.shape(rows)[1] // self.kind.gates
+        return [
+            adjoint.call(aten.slice.Tensor, rows, 1, gate * size, (gate + 1) * size)
+            for gate in range(self.kind.gates)
+        ]
+
     # -- who reads what --------------------------------------------------------------------
 
     def outputs(self, node: fx.Node) -> list[fx.Node]:
@@ -188,6 +225,17 @@ class LongShortTermMemoryCell(RecurrentCell):
     kind = LSTM
     carried = slice(1, 2)
 
+    def written_out(
+        self, adjoint: Adjoint, node: fx.Node, rows: list[fx.Node], states: list[fx.Node]
+    ) -> dict[int, fx.Node]:
+        call = adjoint.call
+        i, f, g, o = self.gates(adjoint, call(aten.add.Tensor, *rows))
+        kept = call(aten.mul.Tensor, call(aten.sigmoid.default, f), states[1])
+        new = call(aten.mul.Tensor, call(aten.sigmoid.default, i), call(aten.tanh.default, g))
+        cell = call(aten.add.Tensor, kept, new)
+        gate = call(aten.sigmoid.default, o)
+        return {0: call(aten.mul.Tensor, gate, call(aten.tanh.default, cell)), 1: cell}
+
     def value(self, analysis: Analysis, node: fx.Node, layer: Layer, factor: Factor) -> Value:
         parts = tuple(
             Value(tuple(map(hint, state.shape)), (on_nodes(factor),)) for state in node.meta["val"]
@@ -213,6 +261,19 @@ class GatedRecurrentUnitCell(RecurrentCell):
     kind = GRU
     carried = slice(0, 1)
 
+    def written_out(
+        self, adjoint: Adjoint, node: fx.Node, rows: list[fx.Node], states: list[fx.Node]
+    ) -> dict[int, fx.Node]:
+        call = adjoint.call
+        pairs = zip(*(self.gates(adjoint, row) for row in rows), strict=True)
+        (r_x, r_h), (z_x, z_h), (n_x, n_h) = pairs
+        reset = call(aten.sigmoid.default, call(aten.add.Tensor, r_x, r_h))
+        keep = call(aten.sigmoid.default, call(aten.add.Tensor, z_x, z_h))
+        inner = call(aten.add.Tensor, n_x, call(aten.mul.Tensor, reset, n_h))
+        new = call(aten.tanh.default, inner)
+        change = call(aten.mul.Tensor, keep, call(aten.sub.Tensor, states[0], new))
+        return {0: call(aten.add.Tensor, new, change)}
+
 
 @register
 class PlainRecurrentCell(RecurrentCell):
@@ -221,3 +282,10 @@ class PlainRecurrentCell(RecurrentCell):
     targets = (aten.rnn_tanh_cell.default, aten.rnn_relu_cell.default)
     kind = RNN
     carried = slice(0, 0)
+
+    def written_out(
+        self, adjoint: Adjoint, node: fx.Node, rows: list[fx.Node], states: list[fx.Node]
+    ) -> dict[int, fx.Node]:
+        name = "relu" if "relu" in str(node.target) else "tanh"
+        total = adjoint.call(aten.add.Tensor, *rows)
+        return {0: adjoint.call(getattr(aten, name).default, total)}
