@@ -26,9 +26,12 @@ if TYPE_CHECKING:  # what `__getattr__` below loads, for editors and type checke
     from fxfib.onnx import export_onnx
     from fxfib.report import Report
     from fxfib.serialize import load, save
+    from fxfib.theorems import Theorems, check
 
 _HOME = {
+    "Theorems": "fxfib.theorems",
     "backend": "fxfib.dynamo",
+    "check": "fxfib.theorems",
     "color": "fxfib.api",
     "compile": "fxfib.api",
     "export_onnx": "fxfib.onnx",
@@ -46,9 +49,11 @@ __all__ = [
     "LoadError",
     "RefusedError",
     "Report",
+    "Theorems",
     "VerifyError",
     "__version__",
     "backend",
+    "check",
     "color",
     "compile",
     "errors",

@@ -334,6 +334,7 @@ class Continued:
         opfiber_eps: float | None = None,
         criterion: str = "fibration",
         within: Within | None = None,
+        weights: Mapping[str, torch.Tensor] | None = None,
     ) -> Colored:
         """Color every value and every error.
 
@@ -341,9 +342,10 @@ class Continued:
             eps: fiber precision of the activations; of the errors, unless ``opfiber_eps`` is given.
             within: partitions that colors must refine; then nothing is folded into what follows
                 (:func:`fxfib.passes.cover.stable`).
+            weights: parameters to use instead of the graph's own, by name.
         """
         analysis = Colored(self, eps, eps if opfiber_eps is None else opfiber_eps, criterion)
-        analysis.within = within
+        analysis.within, analysis.weights = within, weights or {}
         analysis.run()
         return analysis
 
@@ -361,6 +363,7 @@ class Colored(Analysis):
         super().__init__(continued.graph_module, eps, criterion)
         self.continued = continued
         self.within: Within | None = None
+        self.weights: Mapping[str, torch.Tensor] = {}
         self.inner_errors: dict[Ref, Factor] = {}
         self._precision = (eps, opfiber_eps)
         self._value_of = {error: node for node, error in continued.errors.items()}
@@ -370,6 +373,11 @@ class Colored(Analysis):
         template = self.continued.template
         self.inner_sizes.update(template.inner_sizes)
         self.heads = replace(template.heads, colors={}, unshifted={}, summed={})
+
+    def tensor(self, node: fx.Node) -> torch.Tensor:
+        if node.op == "get_attr" and str(node.target) in self.weights:
+            return self.weights[str(node.target)].detach()
+        return super().tensor(node)
 
     def release(self, node: fx.Node) -> None:
         self.color(node)

@@ -1,0 +1,104 @@
+"""``fxfib.check``: the statements of the theory on planted networks, and on broken ones."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+import fxfib
+from fxfib.errors import InputError
+from fxfib.passes.rules.linear import LinearMap
+
+from strategies import plant
+
+
+def squares(outputs: object) -> torch.Tensor:
+    leaves = outputs if isinstance(outputs, tuple) else (outputs,)
+    return sum((torch.tanh(leaf) - 0.3).square().mean() for leaf in leaves)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("seed", [0, 2, 7])
+def test_everything_holds_on_planted_networks(seed: int) -> None:
+    planted = plant(seed, covers=True)
+    before = {name: p.clone() for name, p in planted.wide.named_parameters()}
+    found = fxfib.check(planted.wide, planted.inputs, squares)
+    assert found.holds, str(found)
+    assert [law.equation for law in found.laws] == [
+        "Eq. 4", "Eq. 2", "Eq. 6", "Eq. 8", "Eq. 9", "Theorem 2.1", "Eq. 10",
+    ]  # fmt: skip
+    assert all(law.compared > 0 for law in found.laws)
+    assert found["Theorem 2.1"].deviation == 0
+    assert all(torch.equal(p, before[name]) for name, p in planted.wide.named_parameters())
+    assert all(p.grad is None for p in planted.wide.parameters())
+
+
+def pair(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
+    with torch.no_grad():
+        model[0].weight[1], model[0].bias[1] = model[0].weight[0], model[0].bias[0]
+        model[2].weight[1], model[2].bias[1] = model[2].weight[0], model[2].bias[0]
+        model[4].weight[:, 1] = model[4].weight[:, 0]
+        model[2].weight[1, 0] += 0.25
+        model[2].weight[1, 1] -= 0.25
+    return model.to(dtype)
+
+
+def test_a_cover_over_a_fiber_that_is_none_is_reported_as_split() -> None:
+    found = fxfib.check(pair(), torch.randn(7, 3, dtype=torch.float64), squares)
+    assert found["Eq. 9"].deviation == 1
+    assert found["Eq. 9"].holds is None
+    assert found["Theorem 2.1"].deviation == 0
+    assert found.holds
+
+
+def test_above_zero_deviations_are_measured_and_nothing_is_claimed() -> None:
+    model = pair(torch.float32)
+    with torch.no_grad():
+        model[2].weight[2] = model[2].weight[3] + 0.01 * torch.randn(4)
+        model[2].bias[2] = model[2].bias[3]
+    found = fxfib.check(model, torch.randn(7, 3), squares, eps=0.2, opfiber_eps=0.5)
+    assert found["Eq. 4"].holds is None
+    assert 1e-4 < found["Eq. 4"].deviation < 1
+    assert found["Eq. 2"].holds
+    assert "not claimed" in str(found)
+    assert found.to_dict()["laws"][0]["equation"] == "Eq. 4"
+
+
+def test_the_result_is_frozen() -> None:
+    found = fxfib.check(pair(), torch.randn(7, 3, dtype=torch.float64), squares)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        found.loss = 0.0  # type: ignore[misc]
+
+
+def test_a_wrong_backward_rule_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def backward(self, adjoint, node, error):
+        source, weight, _, _ = self.operands(adjoint.analysis, node)
+        if weight.meta["val"].shape[0] != weight.meta["val"].shape[1]:
+            weight = adjoint.call(torch.ops.aten.t.default, weight)
+        return [(source, adjoint.call(torch.ops.aten.linear.default, error, weight))]
+
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 2)).double()
+    inputs = torch.randn(7, 3, dtype=torch.float64)
+    assert fxfib.check(model, inputs, squares).holds
+    monkeypatch.setattr(LinearMap, "backward", backward)
+    found = fxfib.check(model, inputs, squares)
+    assert found["Eq. 2"].holds is False
+    assert not found.holds
+
+
+@pytest.mark.parametrize("loss_fn", [lambda y: y, lambda y: 1.0, lambda y: y.sum() * float("nan")])
+def test_a_loss_that_is_none_is_refused(loss_fn: object) -> None:
+    with pytest.raises(InputError, match="scalar"):
+        fxfib.check(pair(), torch.randn(7, 3, dtype=torch.float64), loss_fn)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("symmetry", ["fiber", "opfiber", "cover", "stable"])
+def test_color_knows_all_symmetries(symmetry: str) -> None:
+    colors = fxfib.color(pair(), torch.randn(7, 3, dtype=torch.float64), symmetry=symmetry)
+    expected = {"fiber": 4, "opfiber": 4, "cover": 4, "stable": 5}[symmetry]
+    assert len(colors.labels["2"].unique()) == expected
+    assert colors.to_dict()["symmetry"] == symmetry
