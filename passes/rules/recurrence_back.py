@@ -106,7 +106,7 @@ class RecurrentBack(Rule):
                     analysis.allowed((module, axis), unique_rows(*columns))
                     for columns, axis in known
                 ]
-                found = error_fixed_point(rule.kind, weights, *starts, precision)
+                found = error_fixed_point(rule.kind, weights, starts[0], starts[1], precision)
                 for axis, labels in zip((layer.output, layer.hidden), found[::-1], strict=True):
                     factor = plain_factor(labels + FIRST_FREE, "errors")
                     analysis.inner_errors[module, axis] = factor  # type: ignore[attr-defined]
