@@ -27,6 +27,7 @@ from fxfib.symmetry import check_symmetry, symmetries
 
 # The kernels know more criteria than the passes can merge by.
 CRITERIA = ("fibration",)
+RESIDUALS = ("joint", "index", "auto")
 
 
 def compile(
@@ -38,6 +39,7 @@ def compile(
     criterion: str = "fibration",
     calibration: Any = None,
     round_to: int | None = None,
+    residual: str = "joint",
     skip: Iterable[str] = (),
     verify: bool = True,
     progress: bool | None = None,
@@ -57,6 +59,11 @@ def compile(
             collapsed entry between any two nodes of a color.
         calibration: not available yet; must be None.
         round_to: keep merged widths multiples of this number where the original width allows it.
+        residual: how values are stored that an addition couples, or that an op needs at full width.
+            ``"joint"``: all in one layout, nothing is copied.  ``"index"``: each by its own fibers,
+            expanded by an ``index_select`` where it is read: fewer parameters and
+            multiply-accumulates, more memory traffic.  ``"auto"``: whichever a cost model finds
+            cheaper, for every coupled group.
         skip: patterns (``fnmatch``) of module paths whose nodes are left alone.
         verify: run original and result on the example inputs; at eps = 0 a difference above the
             dtype's tolerance raises and nothing is returned.
@@ -71,12 +78,13 @@ def compile(
         CaptureError: the model does not run on the example inputs or cannot be captured.
         VerifyError: the result differs from the original (eps = 0).
     """
-    check_options(eps, criterion, calibration, round_to)
+    check_options(eps, criterion, calibration, round_to, residual)
     patterns = skip_patterns(skip)
     options = {
         "eps": float(eps),
         "criterion": criterion,
         "round_to": round_to,
+        "residual": residual,
         "skip": patterns,
         "verify": verify,
         "progress": progress,
@@ -88,7 +96,9 @@ def compile(
     return compile_now(model, example_inputs, example_kwargs, **options)  # type: ignore[arg-type]
 
 
-def check_options(eps: float, criterion: str, calibration: Any, round_to: int | None) -> None:
+def check_options(
+    eps: float, criterion: str, calibration: Any, round_to: int | None, residual: str = "joint"
+) -> None:
     """Refuse bad options before any work.
 
     Raises:
@@ -113,6 +123,9 @@ def check_options(eps: float, criterion: str, calibration: Any, round_to: int | 
         or round_to != int(round_to)
     ):
         raise InputError(f"round_to must be a positive whole number, not {round_to!r}.")
+    if residual not in RESIDUALS:
+        known = ", ".join(repr(name) for name in RESIDUALS)
+        raise InputError(f"unknown residual {residual!r}; known: {known}.")
 
 
 # What is made in inference mode could never be trained.
@@ -125,6 +138,7 @@ def compile_now(
     eps: float,
     criterion: str,
     round_to: int | None,
+    residual: str,
     skip: tuple[str, ...],
     verify: bool,
     progress: bool | None,
@@ -141,7 +155,9 @@ def compile_now(
         step("capture")
         captured = capture(model, example_inputs, example_kwargs)
         start = time.perf_counter()
-        plan, rewritten = shrink(captured.graph_module, eps, criterion, round_to, skip, step)
+        plan, rewritten = shrink(
+            captured.graph_module, eps, criterion, round_to, skip, step, residual
+        )
         step("verify")
         small = raise_modules(rewritten, captured)
         report = report_of(captured, plan, rewritten, eps, criterion)
@@ -162,6 +178,7 @@ def shrink(
     round_to: int | None = None,
     skip: Iterable[str] = (),
     step: Any = lambda name: None,
+    residual: str = "joint",
 ) -> tuple[Plan, fx.GraphModule]:
     """Color, plan and rewrite a captured graph.
 
@@ -172,11 +189,16 @@ def shrink(
     while True:
         step("color")
         analysis = Analysis(
-            graph_module, eps, criterion, barriers, skipped_nodes(graph_module, skip)
+            graph_module,
+            eps,
+            criterion,
+            barriers,
+            skipped_nodes(graph_module, skip),
+            separate=residual != "joint",
         )
         analysis.run()
         step("plan")
-        plan = make_plan(analysis, round_to)
+        plan = make_plan(analysis, round_to, residual)
         step("rewrite")
         try:
             return plan, Rewriter(plan).run()

@@ -72,6 +72,7 @@ def _compile(options: argparse.Namespace) -> None:
         kwargs,
         criterion=options.criterion,
         round_to=options.round_to,
+        residual=options.residual,
         skip=tuple(options.skip),
         verify=options.verify,
         progress=options.progress,
@@ -214,6 +215,12 @@ def _parser() -> argparse.ArgumentParser:
     compile_.add_argument("--criterion", default="fibration", help="what eps measures")
     compile_.add_argument(
         "--round-to", type=_positive, metavar="N", help="keep widths at multiples of N"
+    )
+    compile_.add_argument(
+        "--residual",
+        choices=("joint", "index", "auto"),
+        default="joint",
+        help="how values that are added are stored",
     )
     compile_.add_argument(
         "--skip",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,38 +38,43 @@ def _shape(node: Any) -> tuple[int, ...]:
     return tuple(hint(s) for s in node.meta["val"].shape)
 
 
-def macs_of(graph_module: fx.GraphModule) -> int:
+def macs_of(
+    graph_module: fx.GraphModule, shape: Callable[[fx.Node], tuple[int, ...]] = _shape
+) -> int:
     """Multiply-accumulates of linear, convolution, recurrent, matrix-product and attention ops.
 
     Element-wise work is not counted, as is usual.  Where the batch size is dynamic the example's
     counts; the caller divides.
+
+    Args:
+        shape: sizes of a node's value, where they are not those that it carries.
     """
     total = 0
     for node in graph_module.graph.nodes:
         if node.target in _RECURRENT:
             # Every step multiplies by every weight once.
-            steps = math.prod(_shape(node.args[0])[:2])
+            steps = math.prod(shape(node.args[0])[:2])
             flat = node.args[2]
             weights = [shape for shape in map(_shape, flat) if len(shape) == 2]
             total += steps * sum(map(math.prod, weights))
         elif node.target in _CELLS:
-            rows = math.prod(_shape(node.args[0])[:-1])
-            total += rows * sum(math.prod(_shape(weight)) for weight in node.args[2:4])
+            rows = math.prod(shape(node.args[0])[:-1])
+            total += rows * sum(math.prod(shape(weight)) for weight in node.args[2:4])
         if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
             continue
-        out = math.prod(_shape(node))
+        out = math.prod(shape(node))
         if node.target in _LINEAR:
             left = (
                 node.args[1]
                 if node.target in (aten.addmm.default, aten.baddbmm.default)
                 else (node.args[0])
             )
-            total += out * _shape(left)[-1]
+            total += out * shape(left)[-1]
         elif node.target in _CONVOLUTIONS or node.target is aten.convolution.default:
-            total += out * math.prod(_shape(node.args[1])[1:])
+            total += out * math.prod(shape(node.args[1])[1:])
         elif node.target in _TRANSPOSED:
-            total += math.prod(_shape(node.args[0])) * math.prod(_shape(node.args[1])[1:])
+            total += math.prod(shape(node.args[0])) * math.prod(shape(node.args[1])[1:])
         elif node.target is aten.scaled_dot_product_attention.default:
-            query, key = _shape(node.args[0]), _shape(node.args[1])
+            query, key = shape(node.args[0]), shape(node.args[1])
             total += math.prod(query) * key[-2] + out * key[-2]
     return total

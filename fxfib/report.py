@@ -25,6 +25,7 @@ class Group:
         constant: constant nodes folded into their readers.
         unread: nodes dropped because nothing reads them.
         reason: why the group keeps its full width, if it does.
+        expanded: the width that an index brings the nodes to where they are read; 0: none does.
     """
 
     members: tuple[str, ...]
@@ -35,6 +36,7 @@ class Group:
     constant: int
     unread: int
     reason: str = ""
+    expanded: int = 0
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,13 @@ class Report:
             lines += ["", "  no layer whose nodes could merge was found"]
         else:
             lines += ["", "  no fibers: every node computes an activation of its own"]
+        indexed = [g for g in self.groups if g.expanded]
+        if indexed:
+            lines += ["", f"  stored small, expanded by an index where read: {len(indexed)} groups"]
+            for g in indexed[:8]:
+                lines.append(f"    {_names(g.members)}: {g.fibers} stored, {g.expanded} read")
+            if len(indexed) > 8:
+                lines.append(f"    ... and {len(indexed) - 8} more (to_dict() has them all)")
         kept = [g for g in self.groups if g.reason]
         if kept:
             lines += ["", f"  kept at full width: {len(kept)} of {len(self.groups)} groups"]

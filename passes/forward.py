@@ -17,13 +17,14 @@ from torch import fx
 
 from fxfib.coloring import Factor, Floats, Labels, Value
 from fxfib.graph_tools import is_idle_dropout
+from fxfib.passes.expansion import Edge
 from fxfib.passes.heads import Heads, find_heads
 from fxfib.passes.relations import Full, Ref, Relation
 from fxfib.passes.rules import find_rule
 from fxfib.passes.rules.attention import color_root, flat_value
 from fxfib.passes.rules.base import Barrier, hint, is_tensor
 from fxfib.passes.rules.tracing import Block
-from fxfib.signature import color_form, unit_roundoff
+from fxfib.signature import Form, color_form, unit_roundoff
 
 RANDOM = torch.Tag.nondeterministic_seeded
 
@@ -72,6 +73,7 @@ class Analysis:
         criterion: what eps measures.
         barriers: nodes to treat as barriers, with the reason.
         skip: nodes whose outputs must not be merged (the user asked).
+        separate: also color by itself what could be stored smaller than it is read.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Analysis:
         criterion: str = "fibration",
         barriers: Mapping[fx.Node, str] | None = None,
         skip: Iterable[fx.Node] = (),
+        separate: bool = False,
     ) -> None:
         self.graph_module = graph_module
         self.eps = eps
@@ -90,6 +93,9 @@ class Analysis:
         self.refusals: list[Refusal] = []
         self.barriers = dict(barriers or {})
         self.skip = set(skip)
+        self.separate = separate
+        self.edges: list[Edge] = []
+        self._own: dict[tuple[fx.Node, int], Factor] = {}
         self.opaque: set[fx.Node] = set()  # barriers: repeated as they are, on full inputs
         # For a value with a pending form: the nodes that absorbed it, each with its gain.
         self.gains: dict[fx.Node, list[tuple[fx.Node, Floats | None]]] = {}
@@ -231,6 +237,36 @@ class Analysis:
         """Put a refusal into the report."""
         self.refusals.append(Refusal(module_path(node), op_name(node), reason, remedy))
 
+    def own_colors(self, node: fx.Node, axis: int) -> Factor | None:
+        """The colors of one axis by itself, of a pending form too (which stays pending)."""
+        value = self.value(node)
+        factor = value.factor(axis)
+        if factor is not None:
+            return factor if len(factor.axes) == 1 else None
+        if not isinstance(value.form, Form) or value.form.axis != axis:
+            return None
+        if (node, axis) not in self._own:
+            size = value.shape[axis]
+            self._own[node, axis] = color_form(
+                value.form, size, self.eps, self.criterion, self.roundoff
+            )
+        return self._own[node, axis]
+
+    def offer(self, reader: fx.Node) -> None:
+        """Note what an index in front of an op could expand."""
+        named = {ref for relation in self.by_node.get(reader, ()) for ref in relation.refs}
+        for source in dict.fromkeys(reader.all_input_nodes):
+            if not is_tensor(source) or self.is_constant(source):
+                continue
+            if source in self.heads.roots or source in self.heads.carriers:
+                continue
+            for axis in self.value(source).tracked_axes:
+                own = self.own_colors(source, axis) if (source, axis) in named else None
+                if own is not None:
+                    edge = Edge(reader, source, axis, own)
+                    self.inner(reader, edge.name, self.shape(source)[axis])
+                    self.edges.append(edge)
+
     # -- the walk ----------------------------------------------------------------------------
 
     def find(self) -> None:
@@ -314,6 +350,8 @@ class Analysis:
         finally:
             self._current = None
         self._hold_the_rest(node)
+        if self.separate and rule.expands(self, node):
+            self.offer(node)
         if node in self.skip and is_tensor(node):
             self.full(node, None, "the user asked to skip it")
 
@@ -331,12 +369,16 @@ class Analysis:
         """Expand every input to full width; the output's nodes are all distinct."""
         tracked = False
         self.opaque.add(node)
+        current, self._current = self._current, node
         for source in node.all_input_nodes:
             if is_tensor(source):
                 # A weight that nothing follows could have had fibers too.
                 weight = self.is_constant(source) and source.meta["val"].is_floating_point()
                 tracked |= weight or bool(self.value(source).tracked_axes)
                 self.full(source, None, f"{op_name(node)} reads it, and {reason}")
+        self._current = current
+        if self.separate:
+            self.offer(node)
         if tracked:
             self.refuse(node, reason, remedy)
         self.values[node] = Value(self.shape(node) if is_tensor(node) else ())

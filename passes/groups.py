@@ -8,7 +8,7 @@ from torch import fx
 from fxfib.coloring import Factor, Labels, unique_rows
 from fxfib.passes.forward import Analysis, module_path
 from fxfib.passes.plan import Plan
-from fxfib.passes.relations import Ref, Same
+from fxfib.passes.relations import Ref, components
 from fxfib.passes.rules import find_rule
 from fxfib.report import Group
 
@@ -44,27 +44,15 @@ def layer_name(node: fx.Node) -> str:
     return module_path(node)
 
 
-def _component(analysis: Analysis) -> dict[Ref, Ref]:
-    parent: dict[Ref, Ref] = {}
-
-    def find(ref: Ref) -> Ref:
-        root = ref
-        while parent.setdefault(root, root) != root:
-            root = parent[root]
-        while parent[ref] != root:
-            parent[ref], ref = root, parent[ref]
-        return root
-
-    for relation in analysis.relations:
-        if isinstance(relation, Same):
-            parent[find(relation.a)] = find(relation.b)
-    return {ref: find(ref) for ref in list(parent)}
-
-
 def groups_of(plan: Plan) -> tuple[Group, ...]:
     """Every coupled group of producing layers, in order of the graph."""
     analysis = plan.analysis
-    component = _component(analysis)
+    component = components(plan.relations)
+    expanded: dict[Ref, int] = {}
+    for (_, source), found in plan.expansions.items():
+        for expansion in found:
+            stored: Ref = (source, expansion.axis)
+            expanded[component.get(stored, stored)] = expansion.read.size
     members: dict[Ref, list[tuple[str, Ref]]] = {}
     for name, ref in producers(analysis):
         members.setdefault(component.get(ref, ref), []).append((name, ref))
@@ -97,6 +85,7 @@ def groups_of(plan: Plan) -> tuple[Group, ...]:
                 constant=constant,
                 unread=dropped - constant,
                 reason=reasons.get(root, ""),
+                expanded=expanded.get(root, 0),
             )
         )
     return tuple(groups)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from torch import fx
 
-from fxfib.coloring import FIRST_FREE, ZERO, Floats
+from fxfib.coloring import FIRST_FREE, ZERO, Factor, Floats
+from fxfib.passes.expansion import Edge, Expansion, choose, expansions, separated
 from fxfib.passes.forward import Analysis, PendingAxis, initial_layout
 from fxfib.passes.layout import Layout, MergeLayout, merge_layout
 from fxfib.passes.liveness import live_nodes
-from fxfib.passes.relations import Full, Keep, Ref, Refine
+from fxfib.passes.relations import Full, Keep, Ref, Refine, Relation
 from fxfib.passes.rules import find_rule
 from fxfib.passes.rules.linear import Embedding, LinearMap
 from fxfib.passes.solve import Solver
@@ -30,6 +31,8 @@ class Plan:
         reasons: why an axis keeps its full width.
         tables: for an embedding's table that linear layers read, too, the embedding.  It is stored
             as the embedding needs it (columns averaged), and these layers count what they read.
+        relations: what the layouts obey.
+        expansions: by reader and source, where an index expands what is read.
     """
 
     analysis: Analysis
@@ -37,6 +40,8 @@ class Plan:
     weights: dict[fx.Node, Floats]
     reasons: dict[Ref, str]
     tables: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    relations: Sequence[Relation] = ()
+    expansions: dict[tuple[fx.Node, fx.Node], list[Expansion]] = field(default_factory=dict)
 
     def layout(self, node: fx.Node, axis: int | str) -> Layout:
         """Slots of an axis; every node its own where no relation names it."""
@@ -51,34 +56,52 @@ class Plan:
         return self.layouts[ref]
 
 
-def make_plan(analysis: Analysis, round_to: int | None = None) -> Plan:
+def make_plan(analysis: Analysis, round_to: int | None = None, residual: str = "joint") -> Plan:
     """Solve the relations of an analysis.
 
     Args:
         analysis: a finished forward coloring.
         round_to: keep every merged width a multiple of this number where the original allows it.
+        residual: how values that are added are stored (:func:`fxfib.compile`).
     """
     tables = tied_tables(analysis)
     guard_shared_parameters(analysis, tables)
     live = live_nodes(analysis)
     inner = [Keep(ref, mask) for ref, mask in live.items() if isinstance(ref[1], str)]
-    solver = Solver([*analysis.relations, *inner], lambda ref: initial_layout(analysis, live, ref))
-    solver.run(round_to)
-    layouts: dict[Ref, Layout] = {
-        ref: merge_layout(ids, solver.keep[ref]) for ref, ids in solver.ids.items()
-    }
-    return Plan(analysis, layouts, comparable(analysis), solver.reasons, tables)
+
+    def solve(edges: Sequence[Edge]) -> Plan:
+        relations = separated(analysis, edges) if edges else analysis.relations
+        solver = Solver([*relations, *inner], lambda ref: initial_layout(analysis, live, ref))
+        solver.run(round_to)
+        layouts: dict[Ref, Layout] = {
+            ref: merge_layout(ids, solver.keep[ref]) for ref, ids in solver.ids.items()
+        }
+        return Plan(
+            analysis,
+            layouts,
+            comparable(analysis, edges),
+            solver.reasons,
+            tables,
+            relations,
+            expansions(edges, layouts),
+        )
+
+    return choose(analysis, residual, solve)
 
 
-def comparable(analysis: Analysis) -> dict[fx.Node, Floats]:
+def comparable(analysis: Analysis, edges: Iterable[Edge] = ()) -> dict[fx.Node, Floats]:
     """For every value with one coloring, what brings its nodes to the scale of their color.
 
     A colored node divides by its scale.  A pending one passes through exactly one op that applied a
     gain to it (batch norm, a product with numbers), and divides by what that op's output does.
     Constants of different values may share a slot, and no average stands for them all: NaN, so that
     the first member does.
+
+    Args:
+        edges: what is stored by its own colors, although it may be pending.
     """
     weights: dict[fx.Node, Floats] = {}
+    own = {edge.source: edge.own for edge in edges}
     for node in reversed(analysis.graph_module.graph.nodes):
         value = analysis.values.get(node)
         if value is None:
@@ -86,18 +109,20 @@ def comparable(analysis: Analysis) -> dict[fx.Node, Floats]:
         if value.form is None or value.factor(value.form.axis) is not None:
             single = [f for f in value.factors if len(f.axes) == 1]
             if len(single) == 1:
-                (factor,) = single
-                weights[node] = np.where(
-                    factor.labels < FIRST_FREE,
-                    np.nan,
-                    1.0 / np.where(factor.scales == 0, 1.0, factor.scales),
-                )
+                weights[node] = _to_scale(single[0])
+        elif node in own:
+            weights[node] = _to_scale(own[node])
         elif isinstance(value.form, (Form, PendingAxis)):
             uses = analysis.gains.get(node, [])
             if len(uses) == 1 and uses[0][0] in weights and len(node.users) == 1:
                 consumer, gain = uses[0]
                 weights[node] = weights[consumer] * (1.0 if gain is None else gain)
     return weights
+
+
+def _to_scale(factor: Factor) -> Floats:
+    scales = np.where(factor.scales == 0, 1.0, factor.scales)
+    return np.where(factor.labels < FIRST_FREE, np.nan, 1.0 / scales)
 
 
 def tied_tables(analysis: Analysis) -> dict[fx.Node, fx.Node]:

@@ -8,6 +8,7 @@ returns relations, and :mod:`fxfib.passes.solve` finds the coarsest layouts that
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,21 @@ Ref = tuple[fx.Node, int | str]
 @dataclass(frozen=True, eq=False)
 class Same:
     """Two axes of equal size have equal layouts (element-wise ops, a weight and its output)."""
+
+    a: Ref
+    b: Ref
+
+    @property
+    def refs(self) -> tuple[Ref, ...]:
+        return (self.a, self.b)
+
+
+@dataclass(frozen=True, eq=False)
+class Finer:
+    """A slot of ``a`` lies within one slot of ``b``, which keeps all that ``a`` keeps.
+
+    ``a`` is what an index makes of ``b``.
+    """
 
     a: Ref
     b: Ref
@@ -116,4 +132,22 @@ class Move:
         return self.out + tuple(ref for source in self.sources for ref in source)
 
 
-Relation = Same | Full | Refine | Keep | Even | SameSize | Move
+Relation = Same | Finer | Full | Refine | Keep | Even | SameSize | Move
+
+
+def components(relations: Iterable[Relation]) -> dict[Ref, Ref]:
+    """Axes tied by ``Same``: each with one that stands for all of them."""
+    parent: dict[Ref, Ref] = {}
+
+    def find(ref: Ref) -> Ref:
+        root = ref
+        while parent.setdefault(root, root) != root:
+            root = parent[root]
+        while parent[ref] != root:
+            parent[ref], ref = root, parent[ref]
+        return root
+
+    for relation in relations:
+        if isinstance(relation, Same):
+            parent[find(relation.a)] = find(relation.b)
+    return {ref: find(ref) for ref in list(parent)}

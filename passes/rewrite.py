@@ -6,7 +6,7 @@ storage.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,15 @@ import torch
 from torch import fx, nn
 
 from fxfib.coloring import Floats, constant_values
+from fxfib.passes.expansion import Expansion
 from fxfib.passes.layout import Layout, Mixed, Reducer
 from fxfib.passes.plan import Plan
 from fxfib.passes.propagation import UnfitError, propagate
 from fxfib.passes.rules import find_rule
 from fxfib.passes.rules.base import is_tensor
 from fxfib.simplify import eliminate_dead_code
+
+aten = torch.ops.aten
 
 
 class Rewriter:
@@ -37,17 +40,23 @@ class Rewriter:
         self._new: dict[fx.Node, fx.Node] = {}
         self._attributes: dict[tuple[Any, ...], fx.Node] = {}
         self._tensors: dict[str, torch.Tensor] = {}
+        self._gathered: dict[tuple[fx.Node, int, bytes], fx.Node] = {}
         self._current: fx.Node | None = None
         self.origin: dict[str, fx.Node] = {}
 
     # -- what rules ask --------------------------------------------------------------------
 
     def layout(self, node: fx.Node, axis: int | str) -> Layout:
-        """Slots of an axis of an original node."""
+        """Slots of an axis of an original node, as the op that is being written reads it."""
+        for expansion in self._expansions(node):
+            if expansion.axis == axis:
+                return expansion.read
         return self.plan.layout(node, axis)
 
     def size(self, node: fx.Node, axis: int) -> int:
-        """New size of an axis of an original node."""
+        """New size of an axis of an original node, as the op that is being written reads it."""
+        if any(expansion.axis == axis for expansion in self._expansions(node)):
+            return self.layout(node, axis).size
         if (node, axis) in self.plan.layouts:
             return self.plan.layouts[node, axis].size
         return self.analysis.shape(node)[axis]
@@ -122,7 +131,30 @@ class Rewriter:
                 self._new[node] = self._emitted(self.graph.node_copy(node, self.new))
             else:
                 raise AssertionError(f"{node} is used before it is written")
-        return self._new[node]
+        made = self._new[node]
+        for expansion in self._expansions(node):
+            made = self._expanded(node, made, expansion)
+        return made
+
+    def _expansions(self, node: fx.Node) -> Sequence[Expansion]:
+        """What an index does to a value before the op that is being written reads it."""
+        return () if self._current is None else self.plan.expansions.get((self._current, node), ())
+
+    def _expanded(self, node: fx.Node, made: fx.Node, expansion: Expansion) -> fx.Node:
+        """A value behind an index; readers that need the same share it."""
+        key = (made, expansion.axis, expansion.index.tobytes())
+        if key not in self._gathered:
+            index = self.new_constant(node, expansion.index, "index")
+            last = len(self.analysis.shape(node)) - 1
+            if expansion.axis == last > 0:
+                # Numbers that lie side by side move together; one by one takes ten times as long.
+                turned = self.call(aten.transpose.int, (made, last - 1, last))
+                moved = self.call(aten.index_select.default, (turned, last - 1, index))
+                self._gathered[key] = self.call(aten.transpose.int, (moved, last - 1, last))
+            else:
+                arguments = (made, expansion.axis, index)
+                self._gathered[key] = self.call(aten.index_select.default, arguments)
+        return self._gathered[key]
 
     def repeat(
         self,
@@ -321,6 +353,7 @@ class Rewriter:
                     self._new[node] = rule.rewrite(self, node)
                 else:
                     self._new[node] = self.repeat(node)
+        self._current = None
         for name, tensor in self._counters():
             _place(self.root, name, tensor, persistent=True)
         eliminate_dead_code(self.graph)

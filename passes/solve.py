@@ -15,6 +15,7 @@ import numpy.typing as npt
 from fxfib.coloring import Labels, first_appearance, project, unique_rows
 from fxfib.passes.relations import (
     Even,
+    Finer,
     Full,
     Keep,
     Move,
@@ -103,6 +104,9 @@ class Solver:
                 for ref in (a, b):
                     self._set(ref, joint, queue)
                     self._keep(ref, keep, queue)
+            case Finer(a, b):
+                self._set(a, self._meet(self.ids[a], self.ids[b]), queue)
+                self._keep(b, self.keep[a], queue)
             case Full(a, reason):
                 self.reasons.setdefault(a, reason)
                 self._set(a, np.arange(len(self.ids[a])), queue)

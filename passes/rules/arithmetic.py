@@ -126,6 +126,11 @@ class Add(Affine):
         analysis.gains.setdefault(other, []).append((node, np.full(size, theirs)))
         return pass_form(analysis, node, source, form.plus(their_form), np.full(size, mine))
 
+    def expands(self, analysis: Analysis, node: fx.Node) -> bool:
+        """Where two values are added, or one is broadcast."""
+        values = [o for o in self.operands(analysis, node) if is_tensor(o)]
+        return sum(not analysis.is_constant(o) for o in values) > 1
+
     def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
         return rewriter.repeat(node, constants=self.reduced_constants(rewriter, node, mean=True))
 

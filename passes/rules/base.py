@@ -129,6 +129,10 @@ class Rule:
         """
         return iter(())
 
+    def expands(self, analysis: Analysis, node: fx.Node) -> bool:
+        """Whether operands may be stored smaller than this op needs them, and expanded for it."""
+        return False
+
     def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
         """Emit the op on the smaller operands; the default repeats the call."""
         return rewriter.repeat(node)

@@ -17,6 +17,7 @@ from fxfib.passes.relations import Full, Move, Same
 from fxfib.passes.rules.base import (
     Barrier,
     Rule,
+    find_rule,
     overloads,
     register,
 )
@@ -87,6 +88,12 @@ class Movement(Rule):
         """Every element's error goes back to where the element came from."""
         if adjoint.wants(node.args[0]):
             yield node.args[0], adjoint.moved_back(node, error, 0)  # type: ignore[misc]
+
+    def expands(self, analysis: Analysis, node: fx.Node) -> bool:
+        """Right behind a layer: its rows are fewer, and all that follows sees them expanded."""
+        source = node.args[0]
+        rule = find_rule(source) if isinstance(source, fx.Node) else None
+        return rule is not None and any(True for _ in rule.produces(analysis, source))  # type: ignore[arg-type]
 
     def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
         return rewriter.repeat(node, changed=self.sizes(rewriter, node))
