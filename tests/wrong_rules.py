@@ -451,7 +451,7 @@ def bias_of_a_query_ignored(patch: pytest.MonkeyPatch) -> None:
 
 @wrong("", "shared")
 def shared_weight_decided_twice(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(plan, "guard_shared_parameters", lambda analysis: None)
+    patch.setattr(plan, "guard_shared_parameters", lambda analysis, tables: None)
 
 
 class Shared(nn.Module):
