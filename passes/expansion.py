@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 # In multiply-accumulates, as one thread of ONNX Runtime does them: a parameter, one more op, a
 # number that an index moves.  Channels of an image move side by side, which is cheap, but a
-# convolution can no longer be fused with the addition and the ReLU behind it, and leaves its blocked
+# convolution is no longer fused with the addition and the ReLU behind it, and leaves its blocked
 # layout; on the last axis numbers are transposed on the way.
 PARAMETER = 1.0
 CALL = 3e4

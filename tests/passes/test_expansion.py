@@ -125,6 +125,7 @@ def test_the_cost_decides(monkeypatch, indexed):
 
     assert compiled() == [7, 7, 7]  # so small a network loses by one more op
     monkeypatch.setattr(expansion, "CALL", 0.0)
+    monkeypatch.setattr(expansion, "MOVED", 5.0)
     assert compiled() == [5, 4, 3]
     monkeypatch.setattr(expansion, "MOVED", 1e9)
     assert compiled() == [7, 7, 7]
