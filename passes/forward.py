@@ -95,7 +95,7 @@ class Analysis:
         self.skip = set(skip)
         self.separate = separate
         self.edges: list[Edge] = []
-        self._own: dict[tuple[fx.Node, int], Factor] = {}
+        self._alone: dict[tuple[fx.Node, int], Factor] = {}
         self.opaque: set[fx.Node] = set()  # barriers: repeated as they are, on full inputs
         # For a value with a pending form: the nodes that absorbed it, each with its gain.
         self.gains: dict[fx.Node, list[tuple[fx.Node, Floats | None]]] = {}
@@ -245,12 +245,12 @@ class Analysis:
             return factor if len(factor.axes) == 1 else None
         if not isinstance(value.form, Form) or value.form.axis != axis:
             return None
-        if (node, axis) not in self._own:
+        if (node, axis) not in self._alone:
             size = value.shape[axis]
-            self._own[node, axis] = color_form(
+            self._alone[node, axis] = color_form(
                 value.form, size, self.eps, self.criterion, self.roundoff
             )
-        return self._own[node, axis]
+        return self._alone[node, axis]
 
     def offer(self, reader: fx.Node) -> None:
         """Note what an index in front of an op could expand."""
