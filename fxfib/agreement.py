@@ -1,5 +1,6 @@
 """Whether a captured graph computes what its model computes."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from fxfib.errors import CaptureError
 from fxfib.exporting import clone_inputs, run_on_examples
+from fxfib.free_sizes import resized
 from fxfib.graph_tools import fixed_size, value_of
 
 
@@ -30,6 +32,22 @@ def difference_at(
         for leaf, is_free in zip(leaves, free, strict=True)
     ]
     args, kwargs = pytree.tree_unflatten(leaves, spec)
+    try:
+        return difference(model, graph_module, args, kwargs)
+    except CaptureError:
+        return None
+
+
+def difference_of_sizes(
+    sizes: Mapping[tuple[int, int], int],
+    model: nn.Module,
+    graph_module: fx.GraphModule,
+    args: Any,
+    kwargs: Any,
+) -> str | None:
+    """As `difference`, with other sizes `{(leaf, axis): size}`; None where the model has none."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    args, kwargs = pytree.tree_unflatten(resized(leaves, sizes), spec)
     try:
         return difference(model, graph_module, args, kwargs)
     except CaptureError:

@@ -36,6 +36,7 @@ def compile(
     example_inputs: Any = None,
     example_kwargs: Mapping[str, Any] | None = None,
     *,
+    dynamic_shapes: Any = None,
     criterion: str = "fibration",
     calibration: Any = None,
     round_to: int | None = None,
@@ -55,6 +56,9 @@ def compile(
         example_inputs: a tuple of positional arguments, one tensor, or a dict of keyword arguments.
             None: a module is returned that compiles itself at its first call.
         example_kwargs: further keyword arguments.
+        dynamic_shapes: axes beside the batch whose size stays free (a length, say), as
+            ``torch.export.export`` takes them: ``{"tokens": {1: torch.export.Dim.AUTO}}``.  All
+            other sizes but the batch are those of the example inputs.
         criterion: what eps measures; ``"fibration"`` is the largest absolute difference of any
             collapsed entry between any two nodes of a color.
         calibration: not available yet; must be None.
@@ -75,12 +79,14 @@ def compile(
     Raises:
         InputError: an argument is out of range.
         RefusedError: the model is one that cannot be compiled (NaN weights, training mode ...).
-        CaptureError: the model does not run on the example inputs or cannot be captured.
+        CaptureError: the model does not run on the example inputs or cannot be captured,
+            or not for free sizes that were asked for.
         VerifyError: the result differs from the original (eps = 0).
     """
     check_options(eps, criterion, calibration, round_to, residual)
     patterns = skip_patterns(skip)
     options = {
+        "dynamic_shapes": dynamic_shapes,
         "eps": float(eps),
         "criterion": criterion,
         "round_to": round_to,
@@ -93,7 +99,7 @@ def compile(
         from fxfib.deferred import DeferredModule
 
         return DeferredModule(model, options)
-    return compile_now(model, example_inputs, example_kwargs, **options)  # type: ignore[arg-type]
+    return compile_now(model, example_inputs, example_kwargs, **options)
 
 
 def check_options(
@@ -135,6 +141,7 @@ def compile_now(
     example_inputs: Any,
     example_kwargs: Mapping[str, Any] | None,
     *,
+    dynamic_shapes: Any,
     eps: float,
     criterion: str,
     round_to: int | None,
@@ -153,7 +160,7 @@ def compile_now(
             bar.update(bar.n < len(steps) and name != "capture")
 
         step("capture")
-        captured = capture(model, example_inputs, example_kwargs)
+        captured = capture(model, example_inputs, example_kwargs, dynamic_shapes)
         start = time.perf_counter()
         plan, rewritten = shrink(
             captured.graph_module, eps, criterion, round_to, skip, step, residual

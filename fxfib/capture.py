@@ -11,9 +11,10 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from fxfib.agreement import difference, difference_at
+from fxfib.agreement import difference, difference_at, difference_of_sizes
 from fxfib.errors import CaptureError, InputError
 from fxfib.exporting import export, quiet, static_export
+from fxfib.free_sizes import asked_axes, trials
 from fxfib.program import to_graph_module
 from fxfib.refusals import preserved, refuse_unsupported, unwrap
 
@@ -48,6 +49,7 @@ def capture(
     model: nn.Module,
     example_inputs: Any,
     example_kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
 ) -> Captured:
     """Captures `model` on example inputs, for any batch size where the model allows it.
 
@@ -59,6 +61,8 @@ def capture(
             arguments where all its keys are parameters of `forward`, otherwise one positional
             argument.
         example_kwargs: keyword arguments.
+        dynamic_shapes: axes beside the batch that stay free, as `torch.export.export` takes them:
+            `{"tokens": {1: torch.export.Dim.AUTO}}`.
 
     An output (or input) that is a dataclass unknown to `torch.utils._pytree` is registered there
     with `torch.export.register_dataclass`, as every later export of the result needs it too.
@@ -66,22 +70,24 @@ def capture(
     Raises:
         InputError: the example inputs are of no use as arguments, empty, or hold NaN or infinity.
         RefusedError: the model is one that cannot be compiled.
-        CaptureError: it does not run on the example inputs, or cannot be made a graph.
+        CaptureError: it does not run on the example inputs, cannot be made a graph, or not one for
+            other sizes of `dynamic_shapes`.
     """
     start = time.perf_counter()
     model = unwrap(model)
     args, kwargs = normalize_inputs(model, example_inputs, example_kwargs)
     _refuse_useless(args, kwargs)
+    axes = asked_axes(model, args, kwargs, dynamic_shapes)
     refuse_unsupported(model)
     with preserved(model), torch.no_grad(), quiet():
-        program, notes, sizes = export(model, args, kwargs)
+        program, notes, sizes = export(model, args, kwargs, axes)
         graph_module, more_notes = to_graph_module(model, program)
         found = difference(model, graph_module, args, kwargs)
         for size in (1, *sizes) if sizes is not None else ():
             # The exporter never looks at a batch of one.
             found = found or difference_at(size, model, graph_module, args, kwargs)
         if found and sizes is not None:
-            program, sizes = static_export(model, args, kwargs), None
+            program, sizes = static_export(model, args, kwargs, axes), None
             notes = [f"the batch size is fixed: with another one the outputs differ ({found})"]
             graph_module, more_notes = to_graph_module(model, program)
             found = difference(model, graph_module, args, kwargs)
@@ -90,6 +96,14 @@ def capture(
                 f"the captured graph of {type(model).__name__} does not compute what the model "
                 f"computes ({found}); its forward depends on something outside its inputs."
             )
+        for sizes_tried in trials(program, axes):
+            found = difference_of_sizes(sizes_tried, model, graph_module, args, kwargs)
+            if found:
+                raise CaptureError(
+                    f"{type(model).__name__} cannot be captured for free sizes: with others than "
+                    f"the example's ({', '.join(map(str, sizes_tried.values()))}) the graph does "
+                    f"not compute what the model computes ({found})."
+                )
     return Captured(
         graph_module=graph_module,
         in_spec=program.call_spec.in_spec,

@@ -8,41 +8,45 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import sympy  # type: ignore[import-untyped]
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fxfib.errors import CaptureError
-from fxfib.graph_tools import fixed_size, user_line, value_of
-from fxfib.lstm_shapes import right_lstm_shapes
+from fxfib.free_sizes import Axes, doubtful_sizes, fixed_despite
+from fxfib.graph_tools import user_line
+from fxfib.recurrent_shapes import shapes_of_recurrent_layers
 
 
 def export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], axes: Axes
 ) -> tuple[torch.export.ExportedProgram, list[str], tuple[int, ...] | None]:
-    """The model as a program, with a free batch size where that works.
+    """The model as a program, with a free batch size where that works, and `axes` free in any case.
 
     Returns:
         The program; notes; the sizes to be tried (see `doubtful_sizes`), None for a fixed batch.
 
     Raises:
-        CaptureError: the model does not run on the inputs, or is no single graph.
+        CaptureError: the model does not run on the inputs, is no single graph, or fixes an axis
+            that was asked to be free.
     """
     _register_dataclasses((args, kwargs))
     wide_args, wide_kwargs = repeat_batch(args, kwargs)
-    first = _try_export(model, wide_args, wide_kwargs, dynamic=True)
+    first = _try_export(model, wide_args, wide_kwargs, axes, dynamic=True)
     if isinstance(first, Exception):
         # Is it the inputs, an output type, or the free batch size?  One plain run tells.
         outputs = run_on_examples(model, args, kwargs)
         if _is_data_dependent(first):
             raise _explain(model, first)  # a fixed batch size would not help
         if _register_dataclasses(outputs):
-            first = _try_export(model, wide_args, wide_kwargs, dynamic=True)
-    if not isinstance(first, Exception) and (doubtful := doubtful_sizes(first)) is not None:
-        return first, [], doubtful
+            first = _try_export(model, wide_args, wide_kwargs, axes, dynamic=True)
+    if not isinstance(first, Exception):
+        if fixed := fixed_despite(first, axes):
+            raise CaptureError(f"{type(model).__name__} fixes sizes: {'; '.join(fixed)}.")
+        if (doubtful := doubtful_sizes(first, axes)) is not None:
+            return first, [], doubtful
     # Also where there is a graph: symbols that turned out fixed would be left all over it.
-    program = static_export(model, args, kwargs)
+    program = static_export(model, args, kwargs, axes)
     if isinstance(first, Exception):
         lines = str(first).strip().splitlines()
         reason = f"export with a free one fails ({lines[0].strip(' .') if lines else type(first)})"
@@ -52,33 +56,41 @@ def export(
 
 
 def _try_export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, dynamic: bool
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], axes: Axes, *, dynamic: bool
 ) -> torch.export.ExportedProgram | Exception:
     args, kwargs = clone_inputs((args, kwargs))
     shapes = torch.export.ShapesCollection()
-    for leaf in pytree.tree_leaves((args, kwargs)):
-        if dynamic and isinstance(leaf, Tensor) and leaf.ndim:
-            shapes[leaf] = {0: torch.export.Dim.AUTO}
+    for leaf, asked in zip(pytree.tree_leaves((args, kwargs)), axes, strict=True):
+        if isinstance(leaf, Tensor):
+            free = ({0: torch.export.Dim.AUTO} if dynamic and leaf.ndim else {}) | asked
+            if free:
+                shapes[leaf] = free
     try:
-        with right_lstm_shapes():
+        with shapes_of_recurrent_layers():
             return torch.export.export(
-                model, args, kwargs, dynamic_shapes=shapes if dynamic else None, strict=False
+                model,
+                args,
+                kwargs,
+                dynamic_shapes=shapes if dynamic or any(axes) else None,
+                strict=False,
             )
     except Exception as error:  # export raises anything; the caller words it
         return error
 
 
 def static_export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], axes: Axes
 ) -> torch.export.ExportedProgram:
-    """The model as a program for the shapes of the example inputs alone.
+    """The model as a program for the shapes of the example inputs alone, but for `axes`.
 
     Raises:
-        CaptureError: the model is no single graph.
+        CaptureError: the model is no single graph, or fixes one of `axes`.
     """
-    program = _try_export(model, args, kwargs, dynamic=False)
+    program = _try_export(model, args, kwargs, axes, dynamic=False)
     if isinstance(program, Exception):
         raise _explain(model, program)
+    if fixed := fixed_despite(program, axes):
+        raise CaptureError(f"{type(model).__name__} fixes sizes: {'; '.join(fixed)}.")
     return program
 
 
@@ -98,40 +110,6 @@ def repeat_batch(args: Any, kwargs: Any) -> tuple[Any, Any]:
 
     args, kwargs = pytree.tree_map_only(Tensor, repeat, (args, kwargs))
     return args, kwargs
-
-
-# Sizes at which a condition that was met on the example must hold as well.
-_SIZES = (*range(2, 34), 63, 64, 100, 127, 128, 1000, 4096)
-# A larger batch than that is not run only to find out.
-_LARGEST_TRIED = 33
-
-
-def doubtful_sizes(program: torch.export.ExportedProgram) -> tuple[int, ...] | None:
-    """Batch sizes at which the program may compute something else than the model.
-
-    The program records which conditions on the batch size were decided while it was made (a branch
-    in the model, a broadcast), but nothing checks them later.
-
-    Returns:
-        None if the first axis of the first tensor input is fixed, or may be free only in part;
-        otherwise sizes, from 2 on, at which a recorded condition does not hold: mostly none.
-    """
-    names = program.graph_signature.user_inputs
-    inputs = [n for n in program.graph.nodes if n.op == "placeholder" and n.name in names]
-    tensors = [value_of(node) for node in inputs if isinstance(value_of(node), Tensor)]
-    if not tensors or not tensors[0].ndim or fixed_size(tensors[0].shape[0]) is not None:
-        return None
-    for bounds in program.range_constraints.values():
-        if bounds.lower > 2 or bounds.upper < _SIZES[-1]:
-            return None
-    doubtful = set()
-    for guard in tensors[0].fake_mode.shape_env.guards:
-        symbols = guard.expr.free_symbols
-        broken = [n for n in _SIZES if guard.expr.subs(dict.fromkeys(symbols, n)) != sympy.true]
-        if broken and broken[0] > _LARGEST_TRIED:
-            return None
-        doubtful.update(broken[:2])
-    return tuple(sorted(doubtful)) if len(doubtful) <= 4 else None
 
 
 def _register_dataclasses(tree: Any) -> bool:

@@ -39,6 +39,7 @@ def lift(
     example_inputs: Any = None,
     example_kwargs: Mapping[str, Any] | None = None,
     *,
+    dynamic_shapes: Any = None,
     zero_sum: float = 0.5,
     skip: Iterable[str] = (),
     seed: int = 0,
@@ -51,7 +52,7 @@ def lift(
         factor: mean number of copies of a node, at least 1.  Nodes that enter statistics over the
             channels (layer norm, group norm) all need the same number: the whole part of
             the factor.
-        example_inputs, example_kwargs: as for :func:`fxfib.compile`.
+        example_inputs, example_kwargs, dynamic_shapes: as for :func:`fxfib.compile`.
         zero_sum: size of the changes of the split columns that cancel in the sum, relative to the
             columns' own size; 0 splits only.
         skip: patterns of module paths whose nodes are not copied.
@@ -76,7 +77,7 @@ def lift(
         raise InputError(f"seed must be a whole number of at least 0, not {seed!r}.")
     if example_inputs is None and not example_kwargs:
         raise InputError("lift needs example_inputs: the arguments of one call.")
-    captured = capture(module, example_inputs, example_kwargs)
+    captured = capture(module, example_inputs, example_kwargs, dynamic_shapes)
     skipped = skipped_nodes(captured.graph_module, skip_patterns(skip))
     analysis = Analysis(captured.graph_module, skip=skipped).run()
     layouts = dict(Copies(analysis, factor, zero_sum, seed).layouts())

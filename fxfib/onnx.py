@@ -13,12 +13,14 @@ from torch import nn
 
 from fxfib.capture import normalize_inputs
 from fxfib.errors import ExportError, InputError
-from fxfib.exporting import clone_inputs, doubtful_sizes, quiet, repeat_batch
+from fxfib.exporting import clone_inputs, quiet, repeat_batch
 from fxfib.files import move_into_place, staging_folder
-from fxfib.lstm_shapes import right_lstm_shapes
+from fxfib.free_sizes import asked_axes, doubtful_sizes, fixed_despite, trials
 from fxfib.onnx_check import first_line, verify_in_onnx_runtime
 from fxfib.onnx_flat import FlatModule
+from fxfib.onnx_recurrent import TRANSLATIONS
 from fxfib.passes.verify import Difference
+from fxfib.recurrent_shapes import shapes_of_recurrent_layers
 from fxfib.refusals import preserved, refuse_unsupported, unwrap
 
 OLDEST_OPSET = 18
@@ -39,6 +41,7 @@ class OnnxReport:
         error: largest absolute difference of any output; None if not verified.
         relative_error: the same over the largest absolute value of that output.
         batch_sizes: what was run: the example's, and another where the batch is dynamic.
+        dynamic_axes: axes of the inputs that are free in the file, as `name[axis]`.
         external_data: whether the weights are in a file of their own.
     """
 
@@ -50,6 +53,7 @@ class OnnxReport:
     error: float | None
     relative_error: float | None
     batch_sizes: tuple[int, ...]
+    dynamic_axes: tuple[str, ...]
     external_data: bool
 
     def to_dict(self) -> dict[str, Any]:
@@ -79,6 +83,7 @@ def export_onnx(
     *,
     opset: int | None = None,
     dynamic_batch: bool = True,
+    dynamic_shapes: Any = None,
     verify: bool = True,
     external_data: bool | None = None,
     input_names: Sequence[str] | None = None,
@@ -96,7 +101,10 @@ def export_onnx(
         example_kwargs: as for `fxfib.compile`.
         opset: 18 or newer; 20 if None.
         dynamic_batch: leave the first axis of every tensor input free where the model allows it.
-        verify: run the file in ONNX Runtime, on the example inputs and on another batch size.
+        dynamic_shapes: further free axes, as for `fxfib.compile`; None: those that a compiled
+            module was captured with.
+        verify: run the file in ONNX Runtime, on the example inputs and on others of every free
+            size.
         external_data: weights in a file of their own; None decides by the 2 GB limit.
         input_names: of the tensor inputs in order; None takes those of `forward`.
         output_names: of the tensor outputs in order; None takes dict keys and dataclass fields.
@@ -115,20 +123,27 @@ def export_onnx(
     model = unwrap(module)
     args, kwargs = normalize_inputs(model, example_inputs, example_kwargs)
     refuse_unsupported(model, empty=True)
+    axes = asked_axes(model, args, kwargs, dynamic_shapes)
     target = Path(path)
     with preserved(model), torch.no_grad(), staging_folder(target) as folder:
         model.eval()
-        with quiet(), right_lstm_shapes():
-            flat = FlatModule(model, args, kwargs)
+        with quiet():
+            flat = FlatModule(model, args, kwargs, axes)
             ours = _names(input_names, flat.input_names, "input")
             theirs = _names(output_names, flat.output_names, "output")
             if set(ours) & set(theirs):
                 theirs = [f"{name}_out" if name in ours else name for name in theirs]
-            proto_model, more_sizes = _export(flat, opset, dynamic_batch, verify)
+            proto_model, more_sizes, tries = _export(flat, opset, dynamic_batch, verify)
         if (written := proto_model.opset_imports.get("")) != opset:
             # The exporter goes back to one that it knows, and says so in a log alone.
             raise InputError(f"opset {opset} cannot be written; the exporter offers {written}.")
         _tidy(proto_model, ours, theirs)
+        free_axes = tuple(
+            f"{value.name}[{axis}]"
+            for value in proto_model.graph.inputs
+            for axis, size in enumerate(value.shape)
+            if not isinstance(size, int)
+        )
         external = _external(proto_model, external_data)
         staged = folder / target.name
         _write(proto_model, staged, external)
@@ -136,7 +151,9 @@ def export_onnx(
         sizes: tuple[int, ...] = ()
         if verify:
             with quiet():
-                result, sizes = verify_in_onnx_runtime(staged, flat, ours, theirs, more_sizes)
+                result, sizes = verify_in_onnx_runtime(
+                    staged, flat, ours, theirs, more_sizes, tries
+                )
         size = sum(file.stat().st_size for file in folder.iterdir())
         data = folder / f"{target.name}.data"
         if external:
@@ -151,6 +168,7 @@ def export_onnx(
         error=None if result is None else result.absolute,
         relative_error=None if result is None else result.relative,
         batch_sizes=sizes,
+        dynamic_axes=free_axes,
         external_data=external,
     )
 
@@ -168,28 +186,38 @@ def _names(given: Sequence[str] | None, found: list[str], kind: str) -> list[str
 
 def _export(
     flat: FlatModule, opset: int, dynamic_batch: bool, verify: bool
-) -> tuple[Any, tuple[int, ...]]:
-    """The model as an `onnx_ir.Model`, and batch sizes at which it has to be checked."""
+) -> tuple[Any, tuple[int, ...], list[dict[tuple[int, int], int]]]:
+    """The model as an `onnx_ir.Model`, and batch and other sizes at which it has to be checked."""
     examples: tuple[Any, ...] = flat.examples
     wide = repeat_batch(examples, {})[0]
     attempts = [(wide, dynamic_batch)] + ([(examples, False)] if dynamic_batch else [])
     failure: Exception | None = None
     for tensors, dynamic in attempts:
         shapes = tuple(
-            {0: torch.export.Dim.AUTO} if dynamic and tensor.ndim else None for tensor in tensors
+            (({0: torch.export.Dim.AUTO} if dynamic and tensor.ndim else {}) | asked) or None
+            for tensor, asked in zip(tensors, flat.axes, strict=True)
         )
         try:
-            program = torch.export.export(
-                flat, clone_inputs(tensors), dynamic_shapes=(shapes,), strict=False
-            )
-            sizes = doubtful_sizes(program) if dynamic else ()
+            with shapes_of_recurrent_layers():
+                program = torch.export.export(
+                    flat, clone_inputs(tensors), dynamic_shapes=(shapes,), strict=False
+                )
+            if fixed := fixed_despite(program, flat.axes):
+                raise ExportError("; ".join(fixed))
+            sizes = doubtful_sizes(program, flat.axes) if dynamic else ()
             if sizes is None or (sizes and not verify):
                 continue
-            with contextlib.redirect_stdout(io.StringIO()):
+            # All recurrent layers are translated whole, so shapes will do here too.
+            with shapes_of_recurrent_layers(), contextlib.redirect_stdout(io.StringIO()):
                 exported = torch.onnx.export(
-                    program, dynamo=True, opset_version=opset, verbose=False, optimize=True
+                    program,
+                    dynamo=True,
+                    opset_version=opset,
+                    verbose=False,
+                    optimize=True,
+                    custom_translation_table=TRANSLATIONS,
                 )
-            return exported.model, sizes  # type: ignore[union-attr]
+            return exported.model, sizes, trials(program, flat.axes)  # type: ignore[union-attr]
         except Exception as error:  # the exporter raises anything
             failure = error
     name = type(flat.module).__name__

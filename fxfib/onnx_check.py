@@ -1,6 +1,6 @@
 """Whether an ONNX file computes what a module computes, in ONNX Runtime."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fxfib.errors import ExportError
 from fxfib.exporting import clone_inputs
+from fxfib.free_sizes import resized
 from fxfib.onnx_flat import FlatModule
 from fxfib.passes.verify import TOLERANCE, Difference, difference
 
@@ -19,6 +20,7 @@ def verify_in_onnx_runtime(
     inputs: Sequence[str],
     outputs: Sequence[str],
     more_sizes: Sequence[int] = (),
+    tries: Sequence[Mapping[tuple[int, int], int]] = (),
 ) -> tuple[Difference, tuple[int, ...]]:
     """Runs the file on the example inputs and, where the batch is free, on one example more.
 
@@ -28,6 +30,7 @@ def verify_in_onnx_runtime(
         inputs: names of the file's inputs, one per tensor of `flat.examples`.
         outputs: names of its outputs.
         more_sizes: batch sizes to run as well.
+        tries: other sizes of free axes to run as well, where the module itself takes them.
 
     Returns:
         The worst difference of any output, and the batch sizes that were run.
@@ -48,7 +51,7 @@ def verify_in_onnx_runtime(
     except Exception as error:  # onnxruntime's own classes derive from Exception alone
         raise ExportError(f"ONNX Runtime cannot load the model: {first_line(error)}") from error
     kept = {entry.name: entry for entry in session.get_inputs()}
-    batches = [flat.examples]
+    batches = [flat.examples, *_other_sizes(flat, tries)]
     free = [
         name in kept and tensor.ndim > 0 and not isinstance(kept[name].shape[0], int)
         for name, tensor in zip(inputs, flat.examples, strict=True)
@@ -60,7 +63,8 @@ def verify_in_onnx_runtime(
     worst = Difference(0.0, 0.0)
     sizes = []
     for tensors in batches:
-        sizes.append(int(tensors[0].shape[0]) if tensors and tensors[0].ndim else 1)
+        size = int(tensors[0].shape[0]) if tensors and tensors[0].ndim else 1
+        sizes += [size] if size not in sizes else []
         expected = [tensor.cpu() for tensor in flat(*clone_inputs(tensors))]
         feed = {
             name: _to_numpy(tensor)
@@ -83,12 +87,25 @@ def verify_in_onnx_runtime(
         tolerance = max((TOLERANCE.get(dtype, 1e-4) for dtype in dtypes), default=0.0)
         if gap.relative > tolerance:
             advice = "; export with dynamic_batch=False" if len(sizes) > 1 else ""
+            shapes = " and ".join("x".join(map(str, tensor.shape)) for tensor in tensors)
             raise ExportError(
                 f"the ONNX model differs from torch by {gap.relative:.2g} of the largest output "
-                f"at batch size {sizes[-1]} (tolerance {tolerance:.0e}), so nothing was written"
-                f"{advice}."
+                f"at batch size {size} ({shapes}; tolerance {tolerance:.0e}), so nothing was "
+                f"written{advice}."
             )
     return worst, tuple(sizes)
+
+
+def _other_sizes(
+    flat: FlatModule, tries: Sequence[Mapping[tuple[int, int], int]]
+) -> Iterator[tuple[Tensor, ...]]:
+    for sizes in tries:
+        tensors = tuple(resized(list(flat.examples), sizes))
+        try:
+            flat(*clone_inputs(tensors))
+        except Exception:  # the user's own model says no in its own way
+            continue
+        yield tensors
 
 
 def _another_batch(

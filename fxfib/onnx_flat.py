@@ -9,12 +9,16 @@ from torch import Tensor, nn
 
 from fxfib.errors import ExportError
 from fxfib.exporting import run_on_examples
+from fxfib.free_sizes import Axes
 
 
 class FlatModule(nn.Module):
-    """`module` with its tensor inputs as arguments and its tensor outputs as a tuple."""
+    """`module` with its tensor inputs as arguments and its tensor outputs as a tuple.
 
-    def __init__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    `axes` are those that stay free, an entry a tensor.
+    """
+
+    def __init__(self, module: nn.Module, args: Any, kwargs: Any, axes: Axes) -> None:
         super().__init__()
         self.module = module
         self.training = False
@@ -22,6 +26,8 @@ class FlatModule(nn.Module):
         self.is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
         self.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self.examples = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+        pairs = zip(leaves, axes, strict=True)
+        self.axes = tuple(asked for leaf, asked in pairs if isinstance(leaf, Tensor))
         self.input_names = _input_names(module, args, kwargs)
         outputs = run_on_examples(module, args, kwargs)
         self.output_names = [

@@ -160,15 +160,35 @@ def guard_shared_parameters(analysis: Analysis, tables: Mapping[fx.Node, fx.Node
         if mixed or any(analysis.is_constant(u) for u in parameter.users):
             reason = f"the parameter {parameter.target} is shared by different ops"
             analysis.relate(*(Full((parameter, axis), reason) for axis in range(len(tensors))))
-        for reader in readers:
-            for source in reader.all_input_nodes:
-                if analysis.is_constant(source):
-                    continue
+        sources = [
+            [source for source in reader.all_input_nodes if not analysis.is_constant(source)]
+            for reader in readers
+        ]
+        for place in range(max(map(len, sources))):
+            seen = [found[place] for found in sources if place < len(found)]
+            # The steps of a loop read one value each, colored alike: what is folded is the same.
+            if len(kinds) == 1 and len(seen) == len(readers) and _alike(analysis, seen):
+                continue
+            for source in seen:
                 for axis, factor in analysis.factors(source).items():
                     analysis.relate(
                         Refine((source, axis), factor.keyed()),
                         Keep((source, axis), factor.constant & (factor.labels != ZERO)),
                     )
+
+
+def _alike(analysis: Analysis, sources: Sequence[fx.Node]) -> bool:
+    """Whether values have the same labels and factors on the same axes."""
+    first, *others = [analysis.factors(source) for source in sources]
+    return all(
+        first.keys() == other.keys()
+        and all(
+            np.array_equal(first[axis].labels, other[axis].labels)
+            and np.array_equal(first[axis].scales, other[axis].scales)
+            for axis in first
+        )
+        for other in others
+    )
 
 
 def readers_of(analysis: Analysis, parameter: fx.Node) -> list[fx.Node]:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fxfib.lstm_shapes import right_lstm_shapes
+from fxfib.recurrent_shapes import shapes_of_recurrent_layers
 
 
 class UnfitError(Exception):
@@ -64,5 +64,5 @@ def propagate(
             return tensor
 
     # Without the Python dispatcher composite ops written in C++ would fix the dynamic sizes.
-    with mode, torch.no_grad(), right_lstm_shapes(), enable_python_dispatcher():
+    with mode, torch.no_grad(), shapes_of_recurrent_layers(), enable_python_dispatcher():
         Propagate(result).run(*placeholders)

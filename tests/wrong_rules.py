@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from fxfib import signature
 from fxfib.coloring import FIRST_FREE, Factor
-from fxfib.passes import forward, layout, liveness, plan, rewrite
+from fxfib.passes import forward, heads, layout, liveness, plan, rewrite
 from fxfib.passes.relations import Refine
 from fxfib.passes.rules import (
     activation,
@@ -417,6 +417,63 @@ def first_state_of_a_cell_ignored(patch: pytest.MonkeyPatch) -> None:
 @wrong("LongShortTermMemory", *RECURRENT)
 def columns_of_a_state_averaged(patch: pytest.MonkeyPatch) -> None:
     columns_averaged(patch)
+
+
+def _columns_of_the_recurrence_ignored(patch: pytest.MonkeyPatch) -> None:
+    right = recurrent.smaller
+
+    def smaller(rewriter: Any, layer: Any, *rest: Any) -> Any:
+        reduced = right(rewriter, layer, *rest)
+        rows = rewriter.layout(layer.ih, 0)
+        axes = {0: rows.rows(np.ones(rows.full)), 1: rewriter.layout(layer.hh, 1).first}
+        return reduced | {layer.hh: rewriter.constant(layer.hh, axes)}
+
+    for module in (recurrent, recurrent_cell):
+        patch.setattr(module, "smaller", smaller)
+
+
+@wrong("LongShortTermMemory", *RECURRENT)
+def columns_of_the_recurrence_ignored(patch: pytest.MonkeyPatch) -> None:
+    _columns_of_the_recurrence_ignored(patch)
+
+
+@wrong("LongShortTermMemoryCell", *CELLS)
+def columns_of_the_recurrence_of_a_cell_ignored(patch: pytest.MonkeyPatch) -> None:
+    _columns_of_the_recurrence_ignored(patch)
+
+
+class Reversed:
+    """A role in attention whose heads stand in another order than they do."""
+
+    def __init__(self, role: Any) -> None:
+        self.role = role
+
+    def refs(self) -> list[Any]:
+        return list(self.role.refs())[::-1]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.role, name)
+
+
+@wrong("Attention", "fused")
+def order_of_query_heads_mixed_up(patch: pytest.MonkeyPatch) -> None:
+    right = attention._contract
+    patch.setattr(attention, "_contract", lambda analysis, role: right(analysis, Reversed(role)))
+
+
+@wrong("Attention", "fused")
+def order_of_value_heads_mixed_up(patch: pytest.MonkeyPatch) -> None:
+    right = heads.roles_of
+
+    def roles_of(analysis: Any, node: fx.Node) -> Any:
+        roles, reasons = right(analysis, node)
+        turned = [
+            replace(role, blocks=role.blocks[::-1]) if hasattr(role, "blocks") else role
+            for role in roles
+        ]
+        return turned, reasons
+
+    patch.setattr(heads, "roles_of", roles_of)
 
 
 @wrong("Attention", "fused")
