@@ -12,6 +12,7 @@ from fxfib._version import __version__
 if TYPE_CHECKING:  # what `__getattr__` below loads, for editors and type checkers
     from fxfib import errors
     from fxfib.api import color, compile
+    from fxfib.benchmarking import Benchmark, benchmark
     from fxfib.dynamo import backend
     from fxfib.errors import (
         CaptureError,
@@ -30,6 +31,8 @@ if TYPE_CHECKING:  # what `__getattr__` below loads, for editors and type checke
 
 _HOME = {
     "Theorems": "fxfib.theorems",
+    "Benchmark": "fxfib.benchmarking",
+    "benchmark": "fxfib.benchmarking",
     "backend": "fxfib.dynamo",
     "check": "fxfib.theorems",
     "color": "fxfib.api",
@@ -42,6 +45,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Benchmark",
     "CaptureError",
     "ExportError",
     "FxfibError",
@@ -53,6 +57,7 @@ __all__ = [
     "VerifyError",
     "__version__",
     "backend",
+    "benchmark",
     "check",
     "color",
     "compile",

@@ -1,4 +1,4 @@
-"""The command line: `fxfib compile | color | export | report`.
+"""The command line: `fxfib compile | color | export | bench | report`.
 
 Results go to standard output, everything else to standard error.  Exit codes: 0 done, 1 refused or
 failed, 2 a wrong command line, 130 interrupted.  An error is one line.
@@ -110,6 +110,42 @@ def _export(options: argparse.Namespace) -> None:
     args, kwargs = source.inputs(options.input)
     report = _export_onnx(source.module, options.output, args, kwargs, options.opset)
     print(json.dumps(report.to_dict(), indent=2) if options.json else report)
+
+
+def _bench(options: argparse.Namespace) -> None:
+    _check_writable(options.csv, options.plot, options.html)
+    source = _load(options)
+    args, kwargs = source.inputs(options.input)
+    if options.against:
+        small: Any = fxfib.load(options.against)
+    else:
+        small = fxfib.compile(
+            source.module, options.eps, args, kwargs, round_to=options.round_to,
+            progress=options.progress,
+        )  # fmt: skip
+    result = fxfib.benchmark(
+        source.module,
+        small,
+        args,
+        kwargs,
+        batch_sizes=options.batch,
+        runtimes=options.runtime or ("torch", "torch.compile", "onnxruntime"),
+        rounds=options.rounds,
+        threads=options.threads,
+        progress=options.progress,
+    )
+    if options.csv:
+        result.to_csv(options.csv)
+        _note(f"wrote {options.csv}")
+    if options.plot:
+        result.plot().savefig(options.plot)
+        _note(f"wrote {options.plot}")
+    if options.html:
+        if small.fibration is None:
+            raise LoadError(f"{options.against} carries no report")
+        small.fibration.to_html(options.html, result)
+        _note(f"wrote {options.html}")
+    print(result.to_json() if options.json else result)
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -260,6 +296,31 @@ def _parser() -> argparse.ArgumentParser:
     _model_options(export)
     export.add_argument("--output", metavar="FILE", required=True, help="the .onnx file")
     export.add_argument("--opset", type=_positive, metavar="N", help="ONNX opset")
+
+    bench = _command(commands, "bench", _bench, "latency of a model and its compiled version")
+    _model_options(bench)
+    bench.add_argument("--against", metavar="FILE", help="a saved fxfib file; else compile now")
+    bench.add_argument(
+        "--eps", type=_eps, default=0.0, help="fiber precision; 0 (default) is exact"
+    )
+    bench.add_argument("--round-to", type=_positive, metavar="N", help="as for compile")
+    bench.add_argument("--batch", type=_positive, nargs="+", metavar="N", help="batch sizes")
+    bench.add_argument(
+        "--runtime",
+        action="append",
+        choices=("torch", "torch.compile", "onnxruntime"),
+        help="what to measure (repeatable); by default all",
+    )
+    bench.add_argument("--rounds", type=_positive, default=30, help="measurements of each")
+    bench.add_argument("--threads", type=_positive, help="by default as many as torch uses")
+    bench.add_argument("--csv", metavar="FILE", help="write one line for each measurement")
+    bench.add_argument("--plot", metavar="FILE", help="write a picture (needs matplotlib)")
+    bench.add_argument("--html", metavar="FILE", help="write the report with the latency in it")
+    bench.add_argument(
+        "--progress",
+        action=argparse.BooleanOptionalAction,
+        help="progress bars; by default where standard error is a terminal",
+    )
 
     report = _command(commands, "report", _report, "print the report of a compiled model")
     report.add_argument("file", help="a saved fxfib file or a report in JSON")

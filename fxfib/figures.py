@@ -10,6 +10,7 @@ import numpy as np
 from fxfib.errors import InputError
 
 if TYPE_CHECKING:
+    from fxfib.benchmarking import Benchmark
     from fxfib.layers import Layer
     from fxfib.report import Report
 
@@ -36,6 +37,30 @@ def figures(report: Report) -> list[Any]:
     ]
     if points:
         made.append(_frontier(Figure, report, points))
+    return made
+
+
+def latency_figure(result: Benchmark) -> Any:
+    """See :meth:`fxfib.Benchmark.plot`."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError("plots need matplotlib: pip install 'fxfib[plot]'.") from error
+    made = Figure(figsize=(8, 1.4 + 0.5 * max(len(result.rows), 1)), layout="constrained")
+    axes = made.add_subplot()
+    places = np.arange(len(result.rows))[::-1]
+    for name, shift, color in (("original", 0.2, SINGLE), ("small", -0.2, ACCENT)):
+        middle, low, high = (
+            np.array([getattr(row, f"{name}_{part}") for row in result.rows])
+            for part in ("ms", "low_ms", "high_ms")
+        )
+        spread = np.abs(np.stack([middle - low, high - middle])) if len(middle) else None
+        axes.barh(places + shift, middle, 0.38, xerr=spread, color=color, label=name)
+    names = [f"{r.runtime}, {r.device}, batch {r.batch}: {r.ratio:.2f} x" for r in result.rows]
+    axes.set_yticks(places, names, fontsize=8)
+    axes.set_xlabel("milliseconds a call")
+    axes.set_title(_label(f"{result.model}: latency"))
+    axes.legend(frameon=False)
     return made
 
 

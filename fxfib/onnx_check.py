@@ -67,7 +67,7 @@ def verify_in_onnx_runtime(
         sizes += [size] if size not in sizes else []
         expected = [tensor.cpu() for tensor in flat(*clone_inputs(tensors))]
         feed = {
-            name: _to_numpy(tensor)
+            name: to_numpy(tensor)
             for name, tensor in zip(inputs, tensors, strict=True)
             if name in kept
         }
@@ -120,7 +120,8 @@ def _another_batch(
     )
 
 
-def _to_numpy(tensor: Tensor) -> Any:
+def to_numpy(tensor: Tensor) -> Any:
+    """The values as ONNX Runtime takes them."""
     tensor = tensor.detach().cpu()
     if tensor.dtype is torch.bfloat16:
         import ml_dtypes

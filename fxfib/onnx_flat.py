@@ -32,7 +32,7 @@ class FlatModule(nn.Module):
         outputs = run_on_examples(module, args, kwargs)
         self.output_names = [
             _identifier(pytree.keystr(path)) or "output"
-            for path, leaf in pytree.tree_flatten_with_path(_as_dicts(outputs))[0]
+            for path, leaf in pytree.tree_flatten_with_path(as_dicts(outputs))[0]
             if isinstance(leaf, Tensor)
         ]
         if not self.output_names:
@@ -46,7 +46,7 @@ class FlatModule(nn.Module):
             for is_tensor, constant in zip(self.is_tensor, self.constants, strict=True)
         ]
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        outputs = pytree.tree_leaves(_as_dicts(self.module(*args, **kwargs)))
+        outputs = pytree.tree_leaves(as_dicts(self.module(*args, **kwargs)))
         seen = {id(tensor) for tensor in tensors}
         results = []
         for output in outputs:
@@ -57,17 +57,17 @@ class FlatModule(nn.Module):
         return tuple(results)
 
 
-def _as_dicts(value: Any) -> Any:
+def as_dicts(value: Any) -> Any:
     """Dataclasses as dicts, so that their fields are visible without registering anything."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = dataclasses.fields(value)
-        return {field.name: _as_dicts(getattr(value, field.name)) for field in fields}
+        return {field.name: as_dicts(getattr(value, field.name)) for field in fields}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return {name: _as_dicts(getattr(value, name)) for name in value._fields}
+        return {name: as_dicts(getattr(value, name)) for name in value._fields}
     if type(value) in (tuple, list):
-        return type(value)(_as_dicts(part) for part in value)
+        return type(value)(as_dicts(part) for part in value)
     if isinstance(value, dict):
-        return {key: _as_dicts(part) for key, part in value.items()}
+        return {key: as_dicts(part) for key, part in value.items()}
     return value
 
 

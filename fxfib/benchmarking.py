@@ -1,0 +1,489 @@
+"""Latency of a model and its compiled version, side by side, in every runtime that is here."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import csv
+import io
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fxfib.capture import normalize_inputs
+from fxfib.errors import CaptureError, FxfibError, InputError, VerifyError
+from fxfib.exporting import clone_inputs, quiet
+from fxfib.files import move_into_place, staging_folder
+from fxfib.onnx_check import first_line, to_numpy
+from fxfib.passes.verify import TOLERANCE, Difference, difference
+from fxfib.refusals import unwrap
+
+RUNTIMES = ("torch", "torch.compile", "onnxruntime")
+# A sample is at least as long as this, or the clock and the scheduler are what is measured.
+SHORTEST_SAMPLE = 0.004
+
+
+@dataclass(frozen=True)
+class Row:
+    """One runtime at one batch size; milliseconds for one call.
+
+    Attributes:
+        runtime, device, batch, rounds: what was measured and how often.
+        original_ms, small_ms: medians over the rounds; low and high are the tenth and the ninetieth
+            percentile.
+        ratio: median of original over small, round by round: above 1, the small one is faster.
+        error, relative_error: between the outputs of original and small in this runtime.
+    """
+
+    runtime: str
+    device: str
+    batch: int
+    rounds: int
+    original_ms: float
+    original_low_ms: float
+    original_high_ms: float
+    small_ms: float
+    small_low_ms: float
+    small_high_ms: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    error: float
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What :func:`benchmark` measured; prints as a table.
+
+    Attributes:
+        model: class name.
+        parameters_before, parameters_after: numbers of parameter elements.
+        macs_before, macs_after: multiply-accumulates of one example, where the report knows them.
+        rows: the measurements.
+        skipped: what was not measured, and why.
+        setting: threads, rounds, machine and versions, in words.
+    """
+
+    model: str
+    parameters_before: int
+    parameters_after: int
+    macs_before: int | None
+    macs_after: int | None
+    rows: tuple[Row, ...]
+    skipped: dict[str, str]
+    setting: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts."""
+        return dict(json.loads(json.dumps(asdict(self))))
+
+    def to_json(self) -> str:
+        """The same as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write one line for each measurement, with model and setting.
+
+        Raises:
+            ExportError: the file cannot be written.
+        """
+        text = io.StringIO()
+        names = [field.name for field in fields(Row)]
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["model", *names, "setting"])
+        for row in self.rows:
+            values = [getattr(row, name) for name in names]
+            short = [f"{value:.6g}" if isinstance(value, float) else value for value in values]
+            writer.writerow([self.model, *short, self.setting])
+        target = Path(path)
+        with staging_folder(target) as folder:
+            staged = folder / target.name
+            staged.write_text(text.getvalue(), encoding="utf-8")
+            move_into_place(staged, target)
+
+    def plot(self) -> Any:
+        """A matplotlib figure: latency of original and small, one pair of bars a measurement.
+
+        Raises:
+            InputError: matplotlib is not installed (``pip install 'fxfib[plot]'``).
+        """
+        from fxfib.figures import latency_figure
+
+        return latency_figure(self)
+
+    def __str__(self) -> str:
+        share = 100 * self.parameters_after / max(self.parameters_before, 1)
+        lines = [
+            f"{self.model}: {self.parameters_before:,} -> {self.parameters_after:,} parameters "
+            f"({share:.1f} %)"
+        ]
+        if self.macs_before and self.macs_after is not None:
+            lines.append(
+                f"  MACs an example: {self.macs_before:,} -> {self.macs_after:,} "
+                f"(ratio {self.macs_before / max(self.macs_after, 1):.2f})"
+            )
+        lines.append(f"  {self.setting}")
+        if self.rows:
+            head = ("runtime", "device", "batch", "original", "small", "speed-up", "difference")
+            lines.append("")
+            lines.append(
+                f"  {head[0]:<14} {head[1]:<6} {head[2]:>5} {head[3]:>25} {head[4]:>25} "
+                f"{head[5]:>18} {head[6]:>11}"
+            )
+        for row in self.rows:
+            original = (
+                f"{row.original_ms:.3f} ms ({row.original_low_ms:.3f}-{row.original_high_ms:.3f})"
+            )
+            small = f"{row.small_ms:.3f} ms ({row.small_low_ms:.3f}-{row.small_high_ms:.3f})"
+            ratio = f"{row.ratio:.2f} ({row.ratio_low:.2f}-{row.ratio_high:.2f})"
+            lines.append(
+                f"  {row.runtime:<14} {row.device:<6} {row.batch:>5} {original:>25} {small:>25} "
+                f"{ratio:>18} {row.relative_error:>11.1e}"
+            )
+        lines += [f"  not measured: {name}: {reason}" for name, reason in self.skipped.items()]
+        return "\n".join(lines)
+
+
+def benchmark(
+    model: nn.Module,
+    small: nn.Module,
+    example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    batch_sizes: Sequence[int] | None = None,
+    runtimes: Sequence[str] = RUNTIMES,
+    devices: Sequence[str] | None = None,
+    rounds: int = 30,
+    threads: int | None = None,
+    progress: bool | None = None,
+) -> Benchmark:
+    """Measure the latency of a model and its compiled version, after comparing their outputs.
+
+    Every round times both, in turns, so that whatever else the machine does hits both alike.  ONNX
+    Runtime gets files exported for this and as many threads as torch, which do not spin.
+
+    Args:
+        model, small: in eval mode; neither is changed.  ``small`` is usually what
+            :func:`fxfib.compile` returned.
+        example_inputs, example_kwargs: as for :func:`fxfib.compile`.
+        batch_sizes: the example's rows are repeated or cut to these; None: 1 and the example's.
+        runtimes: of ``"torch"``, ``"torch.compile"`` (inductor) and ``"onnxruntime"``.
+        devices: ``"cpu"``, ``"cuda"``; None: the CPU, and CUDA where there is one.
+        rounds: measurements of each, after two calls to warm up.
+        threads: of torch and ONNX Runtime; None: as many as torch uses now.
+        progress: show a progress bar on standard error; None: only on a terminal.
+
+    Returns:
+        The measurements; what cannot be measured here is in ``skipped`` with the reason.
+
+    Raises:
+        InputError: an argument is out of range, or a module is in training mode.
+        CaptureError: a module does not run on the example inputs.
+        VerifyError: a runtime computes something else than torch.
+    """
+    model, small = unwrap(model), unwrap(small)
+    _check(model, small, runtimes, rounds, threads, batch_sizes)
+    args, kwargs = normalize_inputs(model, example_inputs, example_kwargs)
+    found = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    own = int(found[0].shape[0]) if found and found[0].ndim else 1
+    sizes = tuple(dict.fromkeys(batch_sizes or (1, own)))
+    places = tuple(devices or ("cpu", *(("cuda",) if torch.cuda.is_available() else ())))
+    threads = threads or torch.get_num_threads()
+    rows: list[Row] = []
+    skipped: dict[str, str] = {}
+    total = len(places) * len(runtimes) * len(sizes)
+    hidden = None if progress is None else not progress
+    with _threads(threads), tqdm(total=total, desc="benchmark", disable=hidden, leave=False) as bar:
+        for place in places:
+            pair = tuple(copy.deepcopy(module).to(place).eval() for module in (model, small))
+            for runtime in runtimes:
+                bar.set_postfix_str(f"{runtime} on {place}")
+                for row in _measure(
+                    runtime, place, pair, (args, kwargs), own, sizes, rounds, threads, skipped
+                ):
+                    rows.append(row)
+                    bar.update()
+    report = getattr(small, "fibration", None)
+    return Benchmark(
+        model=type(model).__name__,
+        parameters_before=sum(p.numel() for p in model.parameters()),
+        parameters_after=sum(p.numel() for p in small.parameters()),
+        macs_before=getattr(report, "macs_before", None),
+        macs_after=getattr(report, "macs_after", None),
+        rows=tuple(rows),
+        skipped=skipped,
+        setting=_setting(rounds, threads),
+    )
+
+
+def _check(
+    model: nn.Module,
+    small: nn.Module,
+    runtimes: Sequence[str],
+    rounds: int,
+    threads: int | None,
+    batch_sizes: Sequence[int] | None,
+) -> None:
+    for name, module in (("model", model), ("small", small)):
+        if any(
+            part.training for part in module.modules() if next(part.parameters(), None) is not None
+        ):
+            raise InputError(f"{name} is in training mode; call eval() first.")
+    unknown = [name for name in runtimes if name not in RUNTIMES]
+    if unknown or not runtimes:
+        known = ", ".join(map(repr, RUNTIMES))
+        raise InputError(f"unknown runtime {(unknown or ['nothing'])[0]!r}; known: {known}.")
+    numbers = [
+        ("rounds", rounds),
+        ("threads", threads),
+        *(("batch_sizes", b) for b in batch_sizes or ()),
+    ]
+    for name, number in numbers:
+        if number is not None and (isinstance(number, bool) or int(number) != number or number < 1):
+            raise InputError(f"{name} must be positive whole numbers, not {number!r}.")
+
+
+def _measure(
+    runtime: str,
+    place: str,
+    pair: tuple[nn.Module, ...],
+    examples: tuple[Any, Any],
+    own: int,
+    sizes: Sequence[int],
+    rounds: int,
+    threads: int,
+    skipped: dict[str, str],
+) -> Iterator[Row]:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        try:
+            runners = [
+                stack.enter_context(_runner(runtime, m, examples, place, threads)) for m in pair
+            ]
+        except FxfibError as error:
+            skipped[f"{runtime} on {place}"] = str(error)
+            return
+        for size in sizes:
+            args, kwargs = _on(place, _batch(examples, own, size))
+            try:
+                expected = [
+                    _plain(module(*clone_inputs(args), **clone_inputs(kwargs))) for module in pair
+                ]
+            except Exception as error:
+                if size == own:
+                    name = type(pair[0]).__name__
+                    raise CaptureError(f"{name} does not run: {first_line(error)}") from error
+                skipped[f"batch size {size}"] = first_line(error)
+                continue
+            try:
+                calls = [runner(args, kwargs) for runner in runners]
+                outputs = [_plain(call()) for call in calls]
+            except Exception as error:  # a runtime raises anything
+                skipped[f"{runtime} on {place}, batch size {size}"] = first_line(error)
+                continue
+            for module, theirs, ours in zip(pair, expected, outputs, strict=True):
+                _verify(runtime, place, module, difference(theirs, ours))
+            yield _row(runtime, place, size, calls, rounds, difference(*outputs))
+
+
+def _verify(runtime: str, place: str, module: nn.Module, gap: Difference) -> None:
+    tensors = (*module.parameters(), *module.buffers())
+    tolerance = max((TOLERANCE[t.dtype] for t in tensors if t.dtype in TOLERANCE), default=1e-4)
+    # TF32 and fused kernels round more than the CPU does.
+    tolerance *= 1 if place == "cpu" else 20
+    if not gap.relative <= tolerance:
+        raise VerifyError(
+            f"{runtime} on {place} computes something else than torch for "
+            f"{type(module).__name__}: {gap.relative:.2g} of the largest output."
+        )
+
+
+def _row(
+    runtime: str,
+    place: str,
+    size: int,
+    calls: list[Callable[[], Any]],
+    rounds: int,
+    gap: Difference,
+) -> Row:
+    synchronize = torch.cuda.synchronize if place.startswith("cuda") else lambda: None
+
+    def sample(call: Callable[[], Any], repeats: int) -> float:
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        synchronize()
+        return (time.perf_counter() - start) / repeats
+
+    repeats = []
+    for call in calls:
+        sample(call, 1)
+        repeats.append(max(1, round(SHORTEST_SAMPLE / max(sample(call, 1), 1e-7))))
+    times: tuple[list[float], list[float]] = ([], [])
+    for turn in range(rounds):
+        for which in (0, 1) if turn % 2 == 0 else (1, 0):
+            times[which].append(1e3 * sample(calls[which], repeats[which]))
+    ratios = [original / small for original, small in zip(*times, strict=True)]
+    return Row(
+        runtime, place, size, rounds,
+        *_spread(times[0]), *_spread(times[1]), *_spread(ratios), gap.absolute, gap.relative,
+    )  # fmt: skip
+
+
+def _spread(values: list[float]) -> tuple[float, float, float]:
+    """Median, tenth and ninetieth percentile."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    tenths = statistics.quantiles(values, n=10, method="inclusive")
+    return statistics.median(values), tenths[0], tenths[-1]
+
+
+Runner = Callable[[Any, Any], Callable[[], Any]]
+
+
+@contextlib.contextmanager
+def _runner(
+    runtime: str, module: nn.Module, examples: tuple[Any, Any], place: str, threads: int
+) -> Iterator[Runner]:
+    """Gives, for inputs, a call without arguments."""
+    if runtime == "onnxruntime":
+        with tempfile.TemporaryDirectory() as folder:
+            yield _onnx_runner(module, examples, place, threads, Path(folder))
+        return
+    run: Any = module if runtime == "torch" else torch.compile(module, dynamic=False)
+
+    def runner(args: Any, kwargs: Any) -> Callable[[], Any]:
+        if runtime == "torch.compile":
+            with quiet():
+                run(*args, **kwargs)
+        return lambda: run(*args, **kwargs)
+
+    yield runner
+
+
+def _onnx_runner(
+    module: nn.Module, examples: tuple[Any, Any], place: str, threads: int, folder: Path
+) -> Runner:
+    import onnxruntime  # type: ignore[import-untyped]
+
+    from fxfib.onnx import export_onnx
+
+    wanted = "CPUExecutionProvider" if place == "cpu" else "CUDAExecutionProvider"
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if wanted not in onnxruntime.get_available_providers():
+        raise InputError(f"ONNX Runtime has no {wanted} here")
+    args, kwargs = _on(place, examples)
+    with torch.inference_mode(False):
+        # Outputs are compared below, in the very session that is timed.
+        report = export_onnx(module, folder / "model.onnx", args, kwargs, verify=False)
+    session = onnxruntime.InferenceSession(str(report.path), options, providers=[wanted])
+    if wanted not in session.get_providers():
+        raise InputError(f"ONNX Runtime cannot start its {wanted} here")
+    kept = {entry.name for entry in session.get_inputs()}
+
+    def runner(args: Any, kwargs: Any) -> Callable[[], Any]:
+        leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        feed = {n: to_numpy(t) for n, t in zip(report.inputs, leaves, strict=True) if n in kept}
+        if place == "cpu":
+            return lambda: session.run(list(report.outputs), feed)
+        binding = session.io_binding()
+        for name, value in feed.items():
+            binding.bind_ortvalue_input(
+                name, onnxruntime.OrtValue.ortvalue_from_numpy(value, "cuda", 0)
+            )
+        for name in report.outputs:
+            binding.bind_output(name, "cuda")
+
+        def call() -> Any:
+            session.run_with_iobinding(binding)
+            return binding.copy_outputs_to_cpu
+
+        return call
+
+    return runner
+
+
+def _plain(outputs: Any) -> list[Any]:
+    """Tensors on the CPU, whatever runtime made them."""
+    from fxfib.onnx_flat import as_dicts
+
+    if callable(outputs):
+        outputs = outputs()
+    leaves = pytree.tree_leaves(as_dicts(outputs))
+    return [
+        leaf.detach().cpu() if isinstance(leaf, Tensor) else torch.from_numpy(leaf.copy())
+        for leaf in leaves
+        if hasattr(leaf, "shape")
+    ]
+
+
+def _batch(examples: tuple[Any, Any], own: int, size: int) -> tuple[Any, Any]:
+    """The examples with their rows repeated or cut."""
+
+    def resized(tensor: Tensor) -> Tensor:
+        if not tensor.ndim or tensor.shape[0] != own or own == size:
+            return tensor
+        return tensor[torch.arange(size, device=tensor.device) % own]
+
+    resized_examples: tuple[Any, Any] = pytree.tree_map_only(Tensor, resized, examples)
+    return resized_examples
+
+
+def _on(place: str, examples: tuple[Any, Any]) -> tuple[Any, Any]:
+    moved: tuple[Any, Any] = pytree.tree_map_only(
+        Tensor, lambda tensor: tensor.detach().to(place).clone(), examples
+    )
+    return moved
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _setting(rounds: int, threads: int) -> str:
+    import onnxruntime
+
+    parts = [
+        f"median of {rounds} interleaved rounds (tenth to ninetieth percentile)",
+        f"{threads} thread{'s' if threads > 1 else ''}",
+        _processor(),
+        f"torch {torch.__version__}",
+        f"onnxruntime {onnxruntime.__version__}",
+    ]
+    if torch.cuda.is_available():
+        parts.insert(3, torch.cuda.get_device_name())
+    return ", ".join(parts)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name} ({os.cpu_count()} cores)"
