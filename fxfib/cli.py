@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import fxfib
 from fxfib.errors import ExportError, FxfibError, InputError, LoadError
-from fxfib.passes.cover import SYMMETRIES
 
 if TYPE_CHECKING:
     from fxfib.modules import FibrationModule
@@ -23,6 +22,8 @@ if TYPE_CHECKING:
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
+# Those of `fxfib.passes.cover`, which needs torch: seconds that --help does not have.
+_SYMMETRIES = ("fiber", "opfiber", "cover", "stable")
 _MODEL_HELP = (
     "torchvision:NAME, timm:NAME, package.module:factory, a .pt2 file, or a saved fxfib file"
 )
@@ -287,7 +288,7 @@ def _parser() -> argparse.ArgumentParser:
     color.add_argument(
         "--eps", type=_eps, default=0.0, help="fiber precision; 0 (default) is exact"
     )
-    color.add_argument("--symmetry", choices=SYMMETRIES, default="fiber")
+    color.add_argument("--symmetry", choices=_SYMMETRIES, default="fiber")
     color.add_argument(
         "--opfiber-eps", type=_eps, help="precision of the opfibers; by default that of the fibers"
     )

@@ -540,3 +540,10 @@ def test_entry_point_is_installed(tmp_path: Path) -> None:
         [program, "--version"], cwd=tmp_path, capture_output=True, text=True, timeout=60
     )
     assert (result.returncode, result.stdout) == (0, f"fxfib {fxfib.__version__}\n")
+
+
+def test_symmetries_are_those_that_color_knows():
+    from fxfib import cli
+    from fxfib.passes import cover
+
+    assert cli._SYMMETRIES == cover.SYMMETRIES
