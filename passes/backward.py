@@ -14,7 +14,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -323,7 +322,6 @@ class Continued:
         self.graph_module = copied(graph_module)
         self.values = list(self.graph_module.graph.nodes)
         self.template = Analysis(self.graph_module)
-        self.template.find()
         adjoint = Adjoint(self.template).build()
         self.errors, self.seeds, self.added = adjoint.errors, adjoint.seeds, set(adjoint.nodes)
         self.gates = adjoint.gates
@@ -350,12 +348,29 @@ class Continued:
         return analysis
 
 
-# Labels of the nodes along one axis of a value, and of its error.
-Within = Mapping[Ref, Labels]
+# Axes, and labels of the nodes along them jointly.
+Partition = tuple[tuple[int, ...], Labels]
+# Partitions of values (and of their errors); of axes inside an op, by their names.
+Within = Mapping[fx.Node | Ref, list[Partition]]
+
+
+def spread_to(
+    axes: tuple[int, ...], shape: tuple[int, ...], own: tuple[int, ...], labels: Labels
+) -> Labels:
+    """A partition along some axes as labels along others: positions whose slices agree."""
+    common = tuple(a for a in own if a in axes)
+    if common != own:
+        first = np.moveaxis(labels, [own.index(a) for a in common], range(len(common)))
+        rows = first.reshape(*first.shape[: len(common)], -1)
+        labels = unique_rows(*np.moveaxis(rows, -1, 0))
+    sizes = [n if a in common else 1 for a, n in zip(axes, shape, strict=True)]
+    return np.broadcast_to(labels.reshape(sizes), shape)
 
 
 class Colored(Analysis):
     """An analysis of both passes that colors every value before it forgets its rows."""
+
+    merging = False
 
     def __init__(
         self, continued: Continued, eps: float, opfiber_eps: float, criterion: str
@@ -369,10 +384,7 @@ class Colored(Analysis):
         self._value_of = {error: node for node, error in continued.errors.items()}
 
     def find(self) -> None:
-        """What the forward pass alone showed: the errors read its values, too."""
-        template = self.continued.template
-        self.inner_sizes.update(template.inner_sizes)
-        self.heads = replace(template.heads, colors={}, unshifted={}, summed={})
+        """Nothing is merged, so no heads need a layout of their own."""
 
     def tensor(self, node: fx.Node) -> torch.Tensor:
         if node.op == "get_attr" and str(node.target) in self.weights:
@@ -394,29 +406,32 @@ class Colored(Analysis):
     def _refined(self, node: fx.Node, factor: Factor) -> Factor:
         """Nothing that training may change counts: no constants, no factors, no sums of shifts."""
         columns: list[Any] = [equal_nodes(factor, slack(self))]
-        for axis in factor.axes:
-            known = (self.within or {}).get((self._value_of.get(node, node), axis))
-            shape = [-1 if a == axis else 1 for a in factor.axes]
-            for labels in [*([] if known is None else [known]), *self._own(node, axis)]:
-                columns.append(np.broadcast_to(labels.reshape(shape), factor.labels.shape))
+        known = (self.within or {}).get(self._value_of.get(node, node), [])
+        for axes, labels in [*known, *self._own(node)]:
+            if set(axes) & set(factor.axes):
+                columns.append(spread_to(factor.axes, factor.labels.shape, axes, labels))
         fresh = unique_rows(*columns) + FIRST_FREE
         return Factor(factor.axes, fresh, np.ones(fresh.shape), renumbered(factor.space))
 
-    def _own(self, node: fx.Node, axis: int) -> list[Labels]:
+    def _own(self, node: fx.Node) -> list[Partition]:
         """Parameters of one number a node: what follows may see more than their combination."""
         if self.eps > 0:
             return []
-        found = []
+        found: list[Partition] = []
         for relation in self.by_node.get(node, ()):
-            if isinstance(relation, Same) and relation.a == (node, axis):
-                source, own = relation.b
-                if self.is_constant(source) and own == 0 and len(self.shape(source)) == 1:
-                    found.append(unique_rows(self.constant(source).to(torch.float64).numpy()))
+            if isinstance(relation, Same) and relation.a[0] is node:
+                (_, axis), (source, own) = relation.a, relation.b
+                single = own == 0 and len(self.shape(source)) == 1
+                if isinstance(axis, int) and self.is_constant(source) and single:
+                    numbers = self.constant(source).to(torch.float64).numpy()
+                    found.append(((axis,), unique_rows(numbers)))
         return found
 
     def allowed(self, ref: Ref, labels: Labels) -> Labels:
-        within = (self.within or {}).get(ref)
-        return labels if within is None else unique_rows(labels, within) + FIRST_FREE
+        within = (self.within or {}).get(ref, [])
+        if not within:
+            return labels
+        return unique_rows(labels, *[own for _, own in within]) + FIRST_FREE
 
     def inner_error(self, ref: Ref) -> Factor | None:
         """The opfibers of nodes inside an op: of a recurrent cell, where all gates agree."""

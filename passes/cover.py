@@ -9,17 +9,21 @@ over all the calls that share the weights.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 import torch
 from torch import fx
 
 from fxfib.coloring import FIRST_FREE, Factor, Labels, first_appearance, unique_rows
-from fxfib.passes.backward import Colored, Continued, Within
+from fxfib.passes.backward import Colored, Continued, Partition, Within, spread_to
 from fxfib.passes.groups import layer_name
 from fxfib.passes.relations import Ref, Same
 from fxfib.passes.rules import find_rule
 from fxfib.passes.rules.base import is_tensor
 from fxfib.passes.rules.derivative import equal_nodes, slack
+from fxfib.passes.rules.tracing import grid_factor
 
 SYMMETRIES = ("fiber", "opfiber", "cover", "stable")
 
@@ -126,31 +130,56 @@ def stable(
     summed over it.  What lasts is the coarsest partition that is balanced both ways *over itself*:
     colors are refined by the covers they make until nothing changes.
     """
-    within: Within = {}
+    within: dict[fx.Node | Ref, list[Partition]] = {}
     while True:
         analysis = continued.color(eps, opfiber_eps, criterion, within)
-        new: dict[Ref, Labels] = {}
-        for node in continued.errors:
-            if node in continued.added:
-                continue
-            for axis in range(len(analysis.shape(node))):
-                factor, error = analysis.factor(node, axis), analysis.error_factor(node, axis)
-                if factor is not None or error is not None:
-                    size = analysis.shape(node)[axis]
-                    new[node, axis] = unique_rows(
-                        plain(analysis, factor, size), plain(analysis, error, size)
-                    )
+        new: dict[fx.Node | Ref, list[Partition]] = {
+            node: list(_covers(analysis, node))
+            for node in continued.errors
+            if node not in continued.added
+        }
         for node in continued.values:
             for name in analysis.value(node).inner if node in analysis.values else ():
                 ref = (node, name)
-                new[ref] = unique_rows(fiber_of(analysis, ref), opfiber_of(analysis, ref))
+                both = unique_rows(fiber_of(analysis, ref), opfiber_of(analysis, ref))
+                new[ref] = [((), both)]
         for refs in shared(analysis, continued.values):
-            met = unique_rows(*[new[ref] for ref in refs if ref in new])
-            new.update({ref: met for ref in refs if ref in new})
-        count = {ref: int(found.max(initial=-1)) for ref, found in new.items()}
-        if count == {ref: int(found.max(initial=-1)) for ref, found in within.items()}:
+            columns = [
+                spread_to((axis,), own.shape[axes.index(axis) :][:1], axes, own)
+                for node, axis in refs
+                for axes, own in new.get(node, [])
+                if axis in axes
+            ]
+            for node, axis in refs if columns else ():
+                new.setdefault(node, []).append(((axis,), unique_rows(*columns)))
+        if _classes_of(new) == _classes_of(within):
             return analysis
         within = new
+
+
+def _covers(analysis: Colored, node: fx.Node) -> Iterator[Partition]:
+    """Nodes of a value with equal activations and errors, by the axes that are colored jointly."""
+    values, errors = analysis.color(node), analysis.color(analysis.continued.errors[node])
+    groups: list[set[int]] = []
+    for factor in (*values.factors, *errors.factors):
+        touched = [g for g in groups if g & set(factor.axes)]
+        groups = [g for g in groups if g not in touched]
+        groups.append(set(factor.axes).union(*touched))
+    for group in groups:
+        axes = tuple(sorted(group))
+        columns = []
+        for value in (values, errors):
+            factor = grid_factor(value, axes)
+            if factor is None:
+                sizes = tuple(value.shape[a] for a in axes)
+                columns.append(np.arange(int(np.prod(sizes))).reshape(sizes))
+            else:
+                columns.append(equal_nodes(factor, slack(analysis)))
+        yield axes, unique_rows(*columns)
+
+
+def _classes_of(found: Within) -> dict[Any, list[int]]:
+    return {key: [int(o.max(initial=-1)) for _, o in own] for key, own in found.items()}
 
 
 def shared(analysis: Colored, forward: list[fx.Node]) -> list[list[tuple[fx.Node, int]]]:

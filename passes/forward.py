@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -75,6 +75,9 @@ class Analysis:
         skip: nodes whose outputs must not be merged (the user asked).
         separate: also color by itself what could be stored smaller than it is read.
     """
+
+    #: Whether layouts follow from the colors; if not, products of values need no heads.
+    merging: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -19,11 +19,22 @@ from torch import fx
 from fxfib.coloring import FIRST_FREE, ZERO, Factor, Value, unique_rows
 from fxfib.passes.relations import Keep, Refine
 from fxfib.passes.rules.base import Barrier, Rule, overloads, register
+from fxfib.passes.rules.product import (
+    ATTENTION_BACK,
+    attention_value,
+    product_back,
+    product_value,
+)
 from fxfib.signature import color_form
 
 if TYPE_CHECKING:
+    from fxfib.passes.backward import Adjoint, Error
     from fxfib.passes.forward import Analysis
     from fxfib.passes.rewrite import Rewriter
+
+aten = torch.ops.aten
+
+FUSED = set(overloads("scaled_dot_product_attention"))
 
 REMEDY = (
     "make query, key and value by linear layers of their own, with nothing but views before the "
@@ -60,6 +71,11 @@ def multiply_values(analysis: Analysis, node: fx.Node) -> Value:
     Raises:
         Barrier: its operands are not heads made by linear layers.
     """
+    if not analysis.merging:
+        if node.target in FUSED:
+            return attention_value(analysis, node)
+        a, b = [s for s in node.args if isinstance(s, fx.Node)][-2:]
+        return product_value(analysis, node, a, b)
     heads = analysis.heads
     contraction, passage = heads.contractions.get(node), heads.passages.get(node)
     reasons = heads.reasons.get(node, ["its operands are computed"])
@@ -137,12 +153,37 @@ class ProductOfValues(Rule):
     def forward(self, analysis: Analysis, node: fx.Node) -> Value:
         return multiply_values(analysis, node)
 
+    def backward(
+        self, adjoint: Adjoint, node: fx.Node, error: Error
+    ) -> Iterable[tuple[fx.Node, fx.Node]]:
+        """Products of the same kind."""
+        bound = adjoint.analysis.arguments(node)
+        if "batch1" in bound:
+            beta, alpha = bound["beta"], bound["alpha"]
+            if adjoint.wants(bound["self"]):
+                found = error if beta == 1 else adjoint.call(aten.mul.Tensor, error, beta)
+                yield bound["self"], adjoint.sum_to(found, bound["self"])
+            error = error if alpha == 1 else adjoint.call(aten.mul.Tensor, error, alpha)
+            yield from product_back(adjoint, error, bound["batch1"], bound["batch2"])
+        else:
+            yield from product_back(adjoint, error, bound["self"], bound["mat2"])
+
 
 @register
 class Attention(ProductOfValues):
     """``softmax(q k^T * scale + mask) v``: the scale stays that of the original head size."""
 
     targets = overloads("scaled_dot_product_attention")
+
+    def backward(
+        self, adjoint: Adjoint, node: fx.Node, error: Error
+    ) -> Iterable[tuple[fx.Node, fx.Node]]:
+        """Queries get what lies on their keys, keys on their queries, values on the output."""
+        for place, operand in adjoint.operands(node):
+            if place > 2:
+                raise Barrier("its mask is computed and has an error", REMEDY)
+            if place in (0, 1, 2):
+                yield operand, adjoint.derivative(node, error, place, rule=ATTENTION_BACK)
 
     def examples(self) -> Iterable[Any]:
         from fxfib.passes.rules import examples

@@ -13,6 +13,7 @@ from fxfib.coloring import Factor, Value, opened
 from fxfib.passes.relations import Full, Ref, Same
 from fxfib.passes.rules.attention import multiply_values
 from fxfib.passes.rules.base import Barrier, Mask, Rule, columns_read, overloads, register
+from fxfib.passes.rules.product import product_back
 from fxfib.signature import Form, collapse_columns
 
 if TYPE_CHECKING:
@@ -164,6 +165,14 @@ class MatrixProduct(LinearMap):
         if not analysis.is_constant(source) and not analysis.is_constant(weight):
             return multiply_values(analysis, node)
         return super().forward(analysis, node)
+
+    def backward(
+        self, adjoint: Adjoint, node: fx.Node, error: Error
+    ) -> Iterable[tuple[fx.Node, fx.Node]]:
+        source, weight, _, _ = self.operands(adjoint.analysis, node)
+        if adjoint.analysis.is_constant(weight):
+            return super().backward(adjoint, node, error)
+        return product_back(adjoint, error, source, weight)
 
     def reads(
         self, analysis: Analysis, node: fx.Node, live: Mapping[Ref, Mask]

@@ -307,3 +307,54 @@ def test_recurrent_covers_are_a_fixed_point(kind: str) -> None:
     after = cover_checks.covers_of(errors.continued)
     first = next(labels for key, labels in after.items() if key.startswith("cell"))
     assert len(np.unique(first)) == 5
+
+
+# -- attention -------------------------------------------------------------------------------------
+
+
+class SelfAttention(nn.Module):
+    """Two heads of three channels, fused or written out."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.fused = fused
+        self.q, self.k, self.v = nn.Linear(5, 6), nn.Linear(5, 6), nn.Linear(5, 6)
+        self.out = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (f(x).unflatten(-1, (2, 3)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        if self.fused:
+            y = nn.functional.scaled_dot_product_attention(q, k, v)
+        else:
+            y = (q @ k.transpose(-2, -1) / 3**0.5).softmax(-1) @ v
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_covers_in_attention(fused: bool) -> None:
+    """Channels 0 and 2 of the first head: queries, keys, values and the columns behind."""
+    torch.manual_seed(3)
+    model = SelfAttention(fused).double()
+    with torch.no_grad():
+        for layer in (model.q, model.k, model.v):
+            layer.weight[2], layer.bias[2] = layer.weight[0], layer.bias[0]
+            layer.weight[5], layer.bias[5] = layer.weight[0], layer.bias[0]  # of another head
+        model.out.weight[:, 2] = model.out.weight[:, 0]
+        model.out.weight[:, 5] = model.out.weight[:, 0]
+    inputs = (torch.randn(3, 7, 5, dtype=torch.float64),)
+    errors = adjoint_checks.errors_of(capture(model, inputs))
+    assert adjoint_checks.emitted_as_autograd(errors) > 10
+    adjoint_checks.equal_in_opfibers(errors)
+    for symmetry in ("cover", "stable"):
+        found = cover_checks.covers_of(errors.continued, symmetry)
+        for name in "qkv":
+            assert found[name].tolist() == [0, 1, 0, 2, 3, 4], (symmetry, name)
+    (model(*inputs) - 1).square().mean().backward()
+    for layer in (model.q, model.k, model.v):
+        assert torch.allclose(layer.weight.grad[0], layer.weight.grad[2], rtol=0, atol=1e-12)
+        assert not torch.allclose(layer.weight.grad[0], layer.weight.grad[5], rtol=0, atol=1e-9)
+    with torch.no_grad():
+        model.k.weight[2, 0] += 0.01
+    found = cover_checks.covers_of(errors.continued)
+    assert found["q"].tolist() == found["k"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert found["v"].tolist() == [0, 1, 0, 2, 3, 4]
