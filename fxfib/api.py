@@ -269,6 +269,7 @@ def color(
     *,
     criterion: str = "fibration",
     opfiber_eps: float | None = None,
+    batch_statistics: bool = False,
     example_kwargs: Mapping[str, Any] | None = None,
 ) -> Colors:
     """Find the fibers, opfibers or covers of a model and change nothing.
@@ -281,6 +282,8 @@ def color(
             covers that gradient descent cannot split, one partition that is balanced both ways over
             itself.
         opfiber_eps: precision of the opfibers; None: ``eps``.
+        batch_statistics: for opfibers and covers, batch norms normalise by the batch, as they do
+            while the model trains; errors of a channel then depend on its activation.
 
     Returns:
         Labels of every layer's output nodes, and the coupled groups.
@@ -299,7 +302,9 @@ def color(
     if symmetry == "fiber":
         found = layer_labels(plan)
     else:
-        found, both = symmetries(captured, symmetry, float(eps), opfiber_eps, criterion)
+        found, both = symmetries(
+            captured, symmetry, float(eps), opfiber_eps, criterion, batch_statistics
+        )
         report = replace(report, refusals=tuple(both.refusals))
     labels = {name: torch.from_numpy(own) for name, own in found.items()}
     return Colors(report, labels, symmetry)

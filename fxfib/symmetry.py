@@ -37,6 +37,8 @@ def symmetries(
     eps: float = 0.0,
     opfiber_eps: float | None = None,
     criterion: str = "fibration",
+    batch_statistics: bool = False,
 ) -> tuple[dict[str, Labels], Colored]:
     """As :func:`both_passes`, of a captured model."""
-    return both_passes(Continued(captured.graph_module), symmetry, eps, opfiber_eps, criterion)
+    continued = Continued(captured.graph_module, batch_statistics)
+    return both_passes(continued, symmetry, eps, opfiber_eps, criterion)

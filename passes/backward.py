@@ -318,8 +318,17 @@ class Continued:
         seeds: the graph's outputs and the placeholders of their errors.
     """
 
-    def __init__(self, graph_module: fx.GraphModule) -> None:
+    def __init__(self, graph_module: fx.GraphModule, batch_statistics: bool = False) -> None:
+        """Args:
+        graph_module: a captured graph, in eval mode.
+        batch_statistics: batch norms normalise by the batch, as they do in training.
+        """
         self.graph_module = copied(graph_module)
+        if batch_statistics:
+            for node in self.graph_module.graph.find_nodes(
+                op="call_function", target=aten.batch_norm.default
+            ):
+                node.args = (*node.args[:3], None, None, True, *node.args[6:])
         self.values = list(self.graph_module.graph.nodes)
         self.template = Analysis(self.graph_module)
         adjoint = Adjoint(self.template).build()

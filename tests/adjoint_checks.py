@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -30,13 +31,19 @@ class Errors:
     true: dict[fx.Node, Tensor | None]
 
 
-def errors_of(captured: Captured, eps: float = 0.0, seed: int = 3) -> Errors:
+def errors_of(
+    captured: Captured | fx.GraphModule,
+    eps: float = 0.0,
+    seed: int = 3,
+    batch_statistics: bool = False,
+) -> Errors:
     """Color everything; run both graphs on the same inputs and output errors, in float64."""
-    continued = Continued(captured.graph_module)
+    graph = captured if isinstance(captured, fx.GraphModule) else captured.graph_module
+    continued = Continued(graph, batch_statistics)
     analysis = continued.color(eps)
     inputs = [
         i.double() if isinstance(i, Tensor) and i.is_floating_point() else i
-        for i in oracles.random_inputs(captured, seed)
+        for i in oracles.random_inputs(SimpleNamespace(graph_module=graph), seed)
     ]
     kept = autograd(continued, inputs)
     generator = torch.Generator().manual_seed(seed + 1)

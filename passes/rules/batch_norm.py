@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,9 +12,10 @@ from torch import fx
 from fxfib.coloring import Value, opened
 from fxfib.passes.relations import Same
 from fxfib.passes.rules.activation import pass_form
-from fxfib.passes.rules.base import Barrier, Rule, overloads, register
+from fxfib.passes.rules.base import Barrier, Flavor, Rule, overloads, register
+from fxfib.passes.rules.group_norm import scaled_by
 from fxfib.passes.rules.norm import parameter_values
-from fxfib.signature import Form, form_of_factor
+from fxfib.signature import Form, color_form, form_of_factor
 
 if TYPE_CHECKING:
     from fxfib.passes.backward import Adjoint, Error
@@ -34,8 +35,10 @@ class BatchNorm(Rule):
 
     def forward(self, analysis: Analysis, node: fx.Node) -> Value:
         bound = analysis.arguments(node)
-        if bound.get("training", False) or bound["running_mean"] is None:
-            raise Barrier("it normalises by the statistics of the batch", "call model.eval()")
+        if self.by_batch(bound):
+            if analysis.merging:
+                raise Barrier("it normalises by the statistics of the batch", "call model.eval()")
+            return self.normalised(analysis, node)
         source = bound["input"]
         value = analysis.value(source)
         if not value.tracked(1):
@@ -73,8 +76,15 @@ class BatchNorm(Rule):
             if set(error) != {0}:
                 raise Barrier("its statistics are used")
             error = error[0]
-        if bound.get("training", False) or bound["running_mean"] is None:
-            raise Barrier("it normalises by the statistics of the batch", "call model.eval()")
+        if self.by_batch(bound):
+            source, eps = bound["input"], bound["eps"]
+            rank = len(adjoint.analysis.shape(source))
+            yield source, adjoint.of(
+                lambda x: torch.nn.functional.batch_norm(x, None, None, training=True, eps=eps),
+                scaled_by(adjoint, error, bound["weight"]), 0, source, name=str(node.target),
+                flavors=(Flavor(0),), mixed=(0, *range(2, rank)),
+            )  # fmt: skip
+            return
         shifted = adjoint.call(aten.add.Tensor, bound["running_var"], bound["eps"])
         gain = adjoint.call(aten.rsqrt.default, shifted)
         if bound["weight"] is not None:
@@ -83,6 +93,33 @@ class BatchNorm(Rule):
         shape = [-1, *[1] * (len(adjoint.analysis.shape(source)) - 2)]
         gain = adjoint.call(aten.view.default, gain, shape)
         yield source, adjoint.call(aten.mul.Tensor, error, gain)
+
+    @staticmethod
+    def by_batch(bound: Mapping[str, Any]) -> bool:
+        """Whether statistics are those of the batch, as in training."""
+        return bool(bound.get("training", False)) or bound["running_mean"] is None
+
+    @staticmethod
+    def normalised(analysis: Analysis, node: fx.Node) -> Value:
+        """Statistics of each channel of the batch: equal before, equal parameters, equal after."""
+        bound = analysis.arguments(node)
+        source = bound["input"]
+        factor = analysis.factor(source, 1)
+        if factor is None:
+            return Value(analysis.shape(node))
+        size = len(factor.labels)
+        for name in ("weight", "bias"):
+            if bound[name] is not None:
+                analysis.relate(Same((node, 1), (bound[name], 0)))
+        analysis.relate(Same((node, 1), (source, 1)))
+        gamma = parameter_values(analysis, bound["weight"], size, 1.0)
+        beta = parameter_values(analysis, bound["bias"], size, 0.0)
+        table = torch.from_numpy(np.stack([np.ones(size), gamma, beta], 1))
+        zero = np.zeros(size)
+        form = Form(1, table, zero, None, zero, factor.keyed(), ("batch", node.name))
+        return Value(
+            analysis.shape(node), (color_form(form, size, analysis.eps, analysis.criterion),)
+        )
 
     @staticmethod
     def beside(analysis: Analysis, node: fx.Node, source: fx.Node) -> Value:

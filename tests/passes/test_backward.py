@@ -358,3 +358,54 @@ def test_covers_in_attention(fused: bool) -> None:
     found = cover_checks.covers_of(errors.continued)
     assert found["q"].tolist() == found["k"].tolist() == [0, 1, 2, 3, 4, 5]
     assert found["v"].tolist() == [0, 1, 0, 2, 3, 4]
+
+
+# -- batch norm in training ------------------------------------------------------------------------
+
+
+def normed() -> tuple[nn.Sequential, tuple[torch.Tensor, ...]]:
+    """Channels 0 and 2 agree in everything, 1 and 3 in all but what the norm undoes."""
+    torch.manual_seed(4)
+    model = nn.Sequential(
+        nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Tanh(), nn.Flatten(), nn.Linear(20, 3)
+    ).double()
+    with torch.no_grad():
+        model[0].weight[2], model[0].bias[2] = model[0].weight[0], model[0].bias[0]
+        model[0].weight[3], model[0].bias[3] = model[0].weight[1], model[0].bias[1] + 0.5
+        model[1].weight.copy_(torch.tensor([0.5, 1.5, 0.5, 1.5, -0.7]))
+        model[4].weight[:, 8:12] = model[4].weight[:, :4]
+        model[4].weight[:, 12:16] = model[4].weight[:, 4:8]
+    return model.eval(), (torch.randn(6, 3, 4, 4, dtype=torch.float64),)
+
+
+def test_batch_norm_in_training_couples_errors_to_activations() -> None:
+    model, inputs = normed()
+    graph = capture(model, inputs).graph_module
+    errors = adjoint_checks.errors_of(graph, batch_statistics=True)
+    assert adjoint_checks.emitted_as_autograd(errors) > 4
+    adjoint_checks.equal_in_opfibers(errors)
+    found = cover_checks.covers_of(errors.continued)
+    assert found["0"].tolist() == [0, 1, 0, 2, 3]
+    model.train()
+    (model(*inputs) - 1).square().mean().backward()
+    gradient = model[0].weight.grad
+    assert torch.allclose(gradient[0], gradient[2], rtol=0, atol=1e-10)
+
+
+def test_ignoring_the_coupling_of_batch_norm_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = derivative.flavors_along
+
+    def wrong(analysis, node, axis):
+        if "batch_norm" in node.target.name:
+            return None, None
+        return right(analysis, node, axis)
+
+    monkeypatch.setattr(derivative, "flavors_along", wrong)
+    model, inputs = normed()
+    with torch.no_grad():
+        model[0].weight[3, 0, 0, 0] += 0.3  # other activations, equal errors behind the norm
+        model[1].weight[3] = model[1].weight[1]
+    model[2] = nn.Identity()
+    graph = capture(model, inputs).graph_module
+    with pytest.raises(AssertionError):
+        adjoint_checks.equal_in_opfibers(adjoint_checks.errors_of(graph, batch_statistics=True))
