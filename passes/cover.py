@@ -169,12 +169,12 @@ def _covers(analysis: Colored, node: fx.Node) -> Iterator[Partition]:
         axes = tuple(sorted(group))
         columns = []
         for value in (values, errors):
-            factor = grid_factor(value, axes)
-            if factor is None:
+            grid = grid_factor(value, axes)
+            if grid is None:
                 sizes = tuple(value.shape[a] for a in axes)
                 columns.append(np.arange(int(np.prod(sizes))).reshape(sizes))
             else:
-                columns.append(equal_nodes(factor, slack(analysis)))
+                columns.append(equal_nodes(grid, slack(analysis)))
         yield axes, unique_rows(*columns)
 
 

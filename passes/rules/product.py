@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from fxfib.coloring import FIRST_FREE, ZERO, Factor, Labels, Value, renumbered, unique_rows
-from fxfib.passes.rules.base import Barrier, Rule
+from fxfib.passes.rules.base import Barrier, Mask, Rule
 from fxfib.passes.rules.derivative import Derivative, equal_nodes, slack
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
-Colors = tuple[Labels, Labels]  # labels, and where all is zero: over the axes asked for
+Colors = tuple[Labels, Mask]  # labels, and where all is zero: over the axes asked for
 
 
 def along_heads(
@@ -138,12 +138,13 @@ def _fit(colors: Colors, sizes: tuple[int, ...]) -> Colors | None:
         if have == size:
             continue
         if size % have == 0:
-            labels, zero = (np.repeat(x, size // have, axis) for x in (labels, zero))
+            labels = np.repeat(labels, size // have, axis)
+            zero = np.repeat(zero, size // have, axis)
         elif have % size == 0:
             split = (*labels.shape[:axis], size, have // size, *labels.shape[axis + 1 :])
             grid, zeros = labels.reshape(split), zero.reshape(split)
             parts = [grid.take(k, axis + 1) for k in range(have // size)]
-            labels, zero = unique_rows(*parts), zeros.all(axis + 1)
+            labels, zero = unique_rows(*parts), np.asarray(zeros.all(axis + 1))
         else:
             return None
     return labels, zero
