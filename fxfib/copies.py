@@ -231,14 +231,15 @@ class Copies:
                 if any(len(order_of(r)) != self.length(r) for r in refs):
                     return refs
                 continue
-            (out,) = move.out
-            known = self.order.get(self.find(out))
+            axis = move.out[0] if len(move.out) == 1 else move.sources[0][0]
+            known = self.order.get(self.find(axis))
             if known is None:
                 if not np.array_equal(
-                    np.bincount(derived, minlength=self.length(out)), multiplicity[self.find(out)]
+                    np.bincount(derived, minlength=self.length(axis)),
+                    multiplicity[self.find(axis)],
                 ):
                     return refs
-                self.order[self.find(out)] = derived
+                self.order[self.find(axis)] = derived
             elif not np.array_equal(known, derived):
                 return refs
         for ref in self.parent:
@@ -246,10 +247,18 @@ class Copies:
         return None
 
     def _moved(self, move: Move, order_of: Any) -> Labels | None:
-        """The order of a single output axis that the sources' orders imply; None: not a case."""
-        if len(move.out) != 1:
-            return None
+        """The order of an axis that those of the other side imply; None: not a case.
+
+        It is the only output axis, or the only source of a product of output axes.
+        """
         index = move.index
+        if len(move.out) != 1:
+            single = len(move.sources) == 1 and len(move.sources[0]) == 1
+            if not single or not np.array_equal(index.reshape(-1), np.arange(index.size)):
+                return None
+            if self.length(move.sources[0][0]) != index.size:
+                return None
+            return self._end_to_end(move.out, order_of)
         if all(len(source) == 1 for source in move.sources):
             pieces, begin = [], 0
             for (ref,) in move.sources:
@@ -267,8 +276,11 @@ class Copies:
             low = moved.min() if len(moved) else 0
             return np.concatenate([pads[pads < low], moved, pads[pads >= low]])
         if len(move.sources) == 1 and np.array_equal(index, np.arange(len(index))):
-            (source,) = move.sources
-            shape = tuple(self.length(r) for r in source)
-            grid = np.meshgrid(*[order_of(r) for r in source], indexing="ij")
-            return np.ravel_multi_index([g.reshape(-1) for g in grid], shape)
+            return self._end_to_end(move.sources[0], order_of)
         return None
+
+    def _end_to_end(self, product: tuple[Ref, ...], order_of: Any) -> Labels:
+        """The order of the positions of a product of axes, one after the other."""
+        shape = tuple(self.length(r) for r in product)
+        grid = np.meshgrid(*[order_of(r) for r in product], indexing="ij")
+        return np.asarray(np.ravel_multi_index([g.reshape(-1) for g in grid], shape))

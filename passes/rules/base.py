@@ -210,18 +210,20 @@ class PerChannel(Rule):
         source = self.source(node)
         value = analysis.color(source)
         mixed = {axis % max(value.ndim, 1) for axis in self.mixed_axes(analysis, node)}
-        touched = {a for f in value.factors for a in f.axes if mixed & set(f.axes)}
-        analysis.full(source, sorted(touched), f"{node.target} works along this axis")
+        touched = [axis for axis in value.tracked_axes if axis in mixed]
+        analysis.full(source, touched, f"{node.target} works along this axis")
         constants = self.keeps_constants(analysis, node)
         factors = []
-        for factor in value.factors:
-            if set(factor.axes) & mixed:
-                continue
-            space = (str(node.target), node.name, factor.space)
-            factor = opened(factor, scales=self.homogeneous, constants=constants, space=space)
-            for axis in factor.axes:
-                analysis.relate(Same((out, axis), (source, axis)))
-            factors.append(factor)
+        for whole in value.factors:
+            # Of axes that are colored together with a mixed one, what it says of each by itself.
+            own = [axis for axis in whole.axes if axis not in mixed]
+            parts = [whole] if len(own) == len(whole.axes) else [whole.along(axis) for axis in own]
+            for factor in parts:
+                space = (str(node.target), node.name, factor.space)
+                factor = opened(factor, scales=self.homogeneous, constants=constants, space=space)
+                for axis in factor.axes:
+                    analysis.relate(Same((out, axis), (source, axis)))
+                factors.append(factor)
         return Value(analysis.shape(out), tuple(factors))
 
 

@@ -26,7 +26,7 @@ from fxfib.passes.rules.tracing import (
     constant_factor,
     example_arguments,
     grid_factor,
-    move_relation,
+    move_relations,
     moved_factor,
     trace_blocks,
 )
@@ -78,7 +78,7 @@ class Movement(Rule):
             ins, outs, index = block
             factor = grid_factor(value, ins)
             assert factor is not None
-            analysis.relate(move_relation(node, source, block))
+            analysis.relate(*move_relations(node, source, block))
             factors.append(moved_factor(factor, outs, index))
         return Value(analysis.shape(node), tuple(f for f in factors if f.axes))
 

@@ -21,7 +21,7 @@ from fxfib.passes.rules.base import (
     register,
 )
 from fxfib.passes.rules.movement import Movement
-from fxfib.passes.rules.tracing import move_relation, moved_factor
+from fxfib.passes.rules.tracing import constant_factor, move_relations, moved_factor
 
 if TYPE_CHECKING:
     from fxfib.passes.backward import Adjoint, Error
@@ -68,6 +68,8 @@ class Repeat(Movement):
         assert isinstance(source, fx.Node)
         times = list(node.args[1])  # type: ignore[arg-type]
         rank = len(analysis.shape(source))
+        if analysis.is_constant(source):
+            return self.of_constant(analysis, node, source)
         value = analysis.color(source)
         numbers = [t if isinstance(t, int) else hint(t.meta["val"]) for t in times]
         own = numbers[len(numbers) - rank :]
@@ -77,7 +79,7 @@ class Repeat(Movement):
             index = np.tile(np.arange(value.shape[axis]), own[axis])
             if isinstance(times[out], int):
                 block = ((axis,), (out,), index)
-                analysis.relate(move_relation(node, source, block))
+                analysis.relate(*move_relations(node, source, block))
                 factors.append(moved_factor(factor, (out,), index))
             else:
                 analysis.full(source, [axis], "it is repeated a dynamic number of times")
@@ -98,6 +100,32 @@ class Repeat(Movement):
         split = adjoint.call(torch.ops.aten.view.default, error, shape)
         copies = [*range(added), *range(added, len(shape), 2)]
         yield source, adjoint.call(torch.ops.aten.sum.dim_IntList, split, copies)
+
+    def of_constant(self, analysis: Analysis, node: fx.Node, source: fx.Node) -> Value:
+        """A parameter for every example of a batch: axes that are not repeated have its colors."""
+        factors = []
+        for own, out in self.kept(analysis, node, source).items():
+            factor = constant_factor(analysis.constant(source), own, source.name)
+            analysis.relate(Same((node, out), (source, own)))
+            factors.append(Factor((out,), factor.labels, factor.scales, factor.space))
+        return Value(analysis.shape(node), tuple(factors))
+
+    def kept(self, analysis: Analysis, node: fx.Node, source: fx.Node) -> dict[int, int]:
+        """Axes that are not repeated, and where they are in the result."""
+        shape, times = analysis.shape(source), list(node.args[1])  # type: ignore[arg-type]
+        added = len(times) - len(shape)
+        return {
+            own: own + added for own, n in enumerate(shape) if n > 1 and times[own + added] == 1
+        }
+
+    def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        if not rewriter.analysis.is_constant(source):
+            return super().rewrite(rewriter, node)
+        kept = self.kept(rewriter.analysis, node, source)
+        axes = {own: rewriter.first(node, out) for own, out in kept.items()}
+        return rewriter.repeat(node, {source: rewriter.constant(source, axes)})
 
 
 @register

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -162,13 +163,17 @@ def moved_factor(factor: Factor, out_axes: tuple[int, ...], index: Labels) -> Fa
     return Factor(out_axes, labels, scales, ("moved", factor.space))
 
 
-def move_relation(node: fx.Node, source: fx.Node, block: Block) -> Move | Same:
-    """The layouts of the two sides of a movement; ``Same`` where an axis moves as a whole."""
+def move_relations(node: fx.Node, source: fx.Node, block: Block) -> tuple[Move | Same, ...]:
+    """The layouts of the two sides of a movement; ``Same`` where axes at most change places."""
     ins, outs, index = block
-    whole = len(ins) == len(outs) == 1 and source.meta["val"].shape[ins[0]] == len(index)
-    if whole and np.array_equal(index, np.arange(len(index))):
-        return Same((node, outs[0]), (source, ins[0]))
-    return Move(tuple((node, a) for a in outs), (tuple((source, a) for a in ins),), index)
+    sizes = tuple(source.meta["val"].shape[axis] for axis in ins)
+    for order in itertools.permutations(range(len(ins))):
+        if index.shape == tuple(sizes[place] for place in order):
+            whole = np.arange(index.size).reshape(sizes).transpose(order)
+            if np.array_equal(index, whole):
+                moved = zip(outs, order, strict=True)
+                return tuple(Same((node, out), (source, ins[place])) for out, place in moved)
+    return (Move(tuple((node, a) for a in outs), (tuple((source, a) for a in ins),), index),)
 
 
 def constant_factor(tensor: torch.Tensor, axis: int, name: str) -> Factor:

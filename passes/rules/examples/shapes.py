@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fxfib.passes.rules.examples.elementwise import With
 from fxfib.passes.rules.examples.networks import (
     CHANNELS,
     DROPPED,
@@ -16,6 +17,8 @@ from fxfib.passes.rules.examples.networks import (
     Labels,
     Op,
     expected,
+    generator_of,
+    per_class,
 )
 
 
@@ -143,6 +146,13 @@ def movement() -> list[Example]:
     flat.add("repeat", lambda x: x.repeat(1, 2, 1, 1), every, unread=())
     flat.add("tile", lambda x: torch.tile(x, (1, 2, 1, 1)), every, unread=())
     flat.add("repeat_space", lambda x: x.repeat(1, 1, 2, 1), kept)
+    for missing in (False, True):
+        own = per_class(generator_of(3), near=missing).reshape(1, -1, 1, 1)
+        flat.add(
+            f"repeat_parameter{missing}",
+            With(lambda x, c: x + c.repeat(x.shape[0], 1, 5, 6), own),
+            expected(scaled=False, constant=True, near=missing),
+        )
     flat.add("flip", lambda x: x.flip(1), whole, unread=())
     flat.add("flip_space", lambda x: x.flip(2), kept)
     # No class reaches across a cut at node 4; what is cut off is unread.
@@ -196,6 +206,20 @@ def movement() -> list[Example]:
               both(scaled=True, constant=True), **doubled)  # fmt: skip
     heads.add(
         "shuffle_by_hand", lambda x: x.unflatten(-1, (2, CHANNELS)).mT.flatten(-2), grid, **doubled
+    )
+    # What mixes the two heads keeps both, and the channels within them merge.
+    mixed = both()
+    heads.add(
+        "softmax_over_heads",
+        lambda x: x.unflatten(-1, (2, CHANNELS)).softmax(-2).flatten(-2),
+        mixed,
+        **doubled,
+    )
+    heads.add(
+        "turned_heads",
+        lambda x: x.unflatten(-1, (2, CHANNELS)).transpose(-1, -2).softmax(-1).mT.flatten(-2),
+        mixed,
+        **doubled,
     )
     found = [flat.example("space"), heads.example("sequence")]
     pixels = Cases("Conv2d")

@@ -1,0 +1,58 @@
+"""Lifting through views that split an axis: one factor of the product is copied."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxfib
+
+
+class SplitAttention(nn.Module):
+    """Two branches of channels, weighed against each other channel by channel (ResNeSt)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 1)
+        self.branches = nn.Conv2d(6, 14, 3, groups=2)
+        self.squeeze = nn.Conv2d(7, 5, 1)
+        self.weigh = nn.Conv2d(5, 14, 1)
+        self.last = nn.Conv2d(7, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.branches(self.first(x).relu()).relu()
+        x = x.reshape(x.shape[0], 2, 7, *x.shape[2:])
+        gate = self.weigh(self.squeeze(x.sum(1).mean((2, 3), keepdim=True)).relu())
+        gate = gate.view(x.shape[0], 1, 2, 7).transpose(1, 2).softmax(1).reshape(x.shape[0], -1)
+        return self.last((x * gate.reshape(x.shape[0], 2, 7, 1, 1)).sum(1))
+
+
+class Interleaved(nn.Module):
+    """The other factor of the product is reduced: channels alternate between the branches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 14)
+        self.last = nn.Linear(7, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu().view(x.shape[0], 7, 2)
+        return self.last(x.softmax(2).amax(2))
+
+
+@pytest.mark.parametrize("model", [SplitAttention, Interleaved])
+def test_lifted_and_recovered(model: type[nn.Module]) -> None:
+    torch.manual_seed(3)
+    original = model().eval()
+    x = torch.randn(2, 3, 5, 5) if model is SplitAttention else torch.randn(2, 3)
+    wide = fxfib.lift(original, 2.0, x, seed=1)
+    small = fxfib.compile(wide, 0.0, x)
+    assert not small.fibration.refusals
+
+    def widths(m: nn.Module) -> list[int]:
+        return [len(layer.weight) for layer in m.modules() if hasattr(layer, "weight")]
+
+    assert widths(small) == widths(original)
+    assert all(w > o for w, o in zip(widths(wide)[:-1], widths(original)[:-1], strict=True))
+    x = torch.randn(5, *x.shape[1:])
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), original(x), rtol=1e-4, atol=1e-5)
