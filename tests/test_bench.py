@@ -247,3 +247,19 @@ def test_no_gpu_is_one_line(capsys):
 
     assert bench.main(["--device", "cuda"]) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_forms_of_a_residual_stream(monkeypatch):
+    import residual
+    from residual_networks import CifarResNet, copied
+
+    monkeypatch.setattr(residual, "ROUNDS", 2)
+    model, generator = CifarResNet(1).eval(), torch.Generator().manual_seed(1)
+    for block in (model.layer1[0], model.layer2[0], model.layer3[0]):
+        copied((block.conv2, block.bn2), generator)
+    rows = residual.measure("copies", model, torch.randn(1, 3, 32, 32), None, 0.0)
+    original, joint, index, auto = rows
+    assert original["parameters"] == joint["parameters"] > index["parameters"]
+    assert joint["indices"] == 0 < index["indices"]
+    assert index["parameters"] <= auto["parameters"] <= joint["parameters"]
+    assert all(row["error_float64"] < 1e-6 for row in rows[1:])
