@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # what `__getattr__` below loads, for editors and type checke
     from fxfib.report import Report
     from fxfib.serialize import load, save
     from fxfib.theorems import Theorems, check
+    from fxfib.tuning import tune
 
 _HOME = {
     "Theorems": "fxfib.theorems",
@@ -41,6 +42,7 @@ _HOME = {
     "lift": "fxfib.lifting",
     "load": "fxfib.serialize",
     "save": "fxfib.serialize",
+    "tune": "fxfib.tuning",
     "Report": "fxfib.report",
 }
 
@@ -66,6 +68,7 @@ __all__ = [
     "lift",
     "load",
     "save",
+    "tune",
 ]
 
 

@@ -2,43 +2,42 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from tqdm import tqdm
 
-from fxfib.capture import capture, normalize_inputs
-from fxfib.certificate import report_of, verified
+from fxfib.certificate import report_of
 from fxfib.colors import Colors
 from fxfib.errors import InputError
-from fxfib.modules import FibrationModule, raise_modules, unshare
+from fxfib.modules import FibrationModule
+from fxfib.passes.criteria import Eps
 from fxfib.passes.forward import Analysis
 from fxfib.passes.groups import layer_labels
-from fxfib.passes.plan import Plan, make_plan
-from fxfib.passes.propagation import UnfitError
-from fxfib.passes.rewrite import Rewriter
+from fxfib.passes.plan import make_plan
 from fxfib.symmetry import check_symmetry, symmetries
+from fxfib.workshop import Workshop, shrink, skip_patterns, skipped_nodes
 
-# The kernels know more criteria than the passes can merge by.
-CRITERIA = ("fibration",)
+# The largest eps that means anything.
+LARGEST_EPS = {"fibration": math.inf, "cosine": 2.0, "energy": 1.0}
 RESIDUALS = ("joint", "index", "auto")
 
 
 def compile(
     model: nn.Module,
-    eps: float = 0.0,
+    eps: Eps = 0.0,
     example_inputs: Any = None,
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic_shapes: Any = None,
     criterion: str = "fibration",
     calibration: Any = None,
+    compensate: bool = True,
+    refine: int = 0,
     round_to: int | None = None,
     residual: str = "joint",
     skip: Iterable[str] = (),
@@ -52,16 +51,30 @@ def compile(
 
     Args:
         model: in eval mode; never modified.
-        eps: fiber precision.  0 is exact up to the rounding of sums; larger merges more.
+        eps: fiber precision.  0 is exact up to the rounding of sums; larger merges more.  A mapping
+            from patterns (``fnmatch``) of module paths to numbers gives layers their own: the first
+            pattern that matches decides, no match is 0, coupled layers get their smallest.
         example_inputs: a tuple of positional arguments, one tensor, or a dict of keyword arguments.
             None: a module is returned that compiles itself at its first call.
         example_kwargs: further keyword arguments.
         dynamic_shapes: axes beside the batch whose size stays free (a length, say), as
             ``torch.export.export`` takes them: ``{"tokens": {1: torch.export.Dim.AUTO}}``.  All
             other sizes but the batch are those of the example inputs.
-        criterion: what eps measures; ``"fibration"`` is the largest absolute difference of any
-            collapsed entry between any two nodes of a color.
-        calibration: not available yet; must be None.
+        criterion: what eps measures.  ``"fibration"``: the largest absolute difference of any
+            collapsed entry between any two nodes of a color.  ``"cosine"``: the mean distance, 1 -
+            cosine, of two clusters of collapsed rows with their biases that are still joined.
+            ``"energy"``: the share of the energy of what its readers compute that merging the nodes
+            of a layer may lose, told from the weights, or measured on the calibration inputs where
+            there are any (then nodes are dropped whose readers can do without).  At eps = 0 all of
+            them are exact.
+        calibration: at eps > 0, inputs like those the model will see, without labels: a tensor, or
+            an iterable of batches (tensors, tuples of arguments, dicts), such as a ``DataLoader``
+            (what follows the arguments in a batch is left out).  At most the first 4,096 examples
+            are used.  None: noise.
+        compensate: at eps > 0, fit every layer that reads merged nodes to what the original
+            computes on the calibration inputs, by least squares.
+        refine: at eps > 0, how often the result is then trained once over the calibration inputs to
+            give the original's outputs (least squares, Adam); needs no labels.
         round_to: keep merged widths multiples of this number where the original width allows it.
         residual: how values are stored that an addition couples, or that an op needs at full width.
             ``"joint"``: all in one layout, nothing is copied.  ``"index"``: each by its own fibers,
@@ -83,17 +96,20 @@ def compile(
             or not for free sizes that were asked for.
         VerifyError: the result differs from the original (eps = 0).
     """
-    check_options(eps, criterion, calibration, round_to, residual)
+    check_options(eps, criterion, round_to, residual)
     patterns = skip_patterns(skip)
     options = {
         "dynamic_shapes": dynamic_shapes,
-        "eps": float(eps),
+        "eps": eps_of(eps),
         "criterion": criterion,
         "round_to": round_to,
         "residual": residual,
         "skip": patterns,
         "verify": verify,
         "progress": progress,
+        "calibration": calibration,
+        "compensate": compensate,
+        "refine": refine,
     }
     if example_inputs is None and not example_kwargs:
         from fxfib.deferred import DeferredModule
@@ -102,26 +118,36 @@ def compile(
     return compile_now(model, example_inputs, example_kwargs, **options)
 
 
-def check_options(
-    eps: float, criterion: str, calibration: Any, round_to: int | None, residual: str = "joint"
-) -> None:
+def eps_of(eps: Eps) -> Eps:
+    """The same as plain floats."""
+    return {k: float(v) for k, v in eps.items()} if isinstance(eps, Mapping) else float(eps)
+
+
+def check_options(eps: Eps, criterion: str, round_to: int | None, residual: str = "joint") -> None:
     """Refuse bad options before any work.
 
     Raises:
         InputError: see :func:`compile`.
     """
-    if (
-        isinstance(eps, bool)
-        or not isinstance(eps, (int, float))
-        or not math.isfinite(eps)
-        or eps < 0
-    ):
-        raise InputError(f"eps must be a number that is zero or positive and finite, not {eps!r}.")
-    if criterion not in CRITERIA:
-        known = ", ".join(repr(name) for name in CRITERIA)
+    if criterion not in LARGEST_EPS:
+        known = ", ".join(repr(name) for name in LARGEST_EPS)
         raise InputError(f"unknown criterion {criterion!r}; known: {known}.")
-    if calibration is not None:
-        raise InputError("calibration is not available in this version; leave it None.")
+    if isinstance(eps, Mapping) and not all(isinstance(pattern, str) for pattern in eps):
+        raise InputError(f"eps must map patterns of module paths to numbers, not {eps!r}.")
+    for value in eps.values() if isinstance(eps, Mapping) else (eps,):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not math.isfinite(value)
+            or value < 0
+        ):
+            raise InputError(
+                f"eps must be a number that is zero or positive and finite, not {value!r}."
+            )
+        if value > LARGEST_EPS[criterion]:
+            raise InputError(
+                f"eps is at most {LARGEST_EPS[criterion]:g} under {criterion!r}, not {value!r}."
+            )
     if round_to is not None and (
         isinstance(round_to, bool)
         or not isinstance(round_to, (int, float))
@@ -142,129 +168,51 @@ def compile_now(
     example_kwargs: Mapping[str, Any] | None,
     *,
     dynamic_shapes: Any,
-    eps: float,
+    eps: Eps,
     criterion: str,
     round_to: int | None,
     residual: str,
     skip: tuple[str, ...],
     verify: bool,
     progress: bool | None,
+    calibration: Any = None,
+    compensate: bool = True,
+    refine: int = 0,
 ) -> FibrationModule:
     """Compile on example inputs that are at hand; options as in :func:`compile`."""
-    steps = ("capture", "color", "plan", "rewrite", "verify")
+    steps = ("capture", "measure", "color", "plan", "rewrite", "compensate", "verify")
     with tqdm(total=len(steps), desc="fxfib", disable=None if progress is None else not progress,
               leave=False) as bar:  # fmt: skip
 
         def step(name: str) -> None:
             bar.set_postfix_str(name)
-            bar.update(bar.n < len(steps) and name != "capture")
+            place = steps.index(name) if name in steps else bar.n
+            bar.update(max(place - bar.n, 0))
 
         step("capture")
-        captured = capture(model, example_inputs, example_kwargs, dynamic_shapes)
-        start = time.perf_counter()
-        plan, rewritten = shrink(
-            captured.graph_module, eps, criterion, round_to, skip, step, residual
+        workshop = Workshop(
+            model,
+            example_inputs,
+            example_kwargs,
+            criterion=criterion,
+            calibration=calibration,
+            compensate=compensate,
+            refine=refine,
+            round_to=round_to,
+            residual=residual,
+            dynamic_shapes=dynamic_shapes,
+            skip=skip,
+            step=step,
         )
-        step("verify")
-        small = raise_modules(rewritten, captured)
-        report = report_of(captured, plan, rewritten, eps, criterion)
-        if verify:
-            inputs = normalize_inputs(captured.source, example_inputs, example_kwargs)
-            report = verified(report, captured, rewritten, small, inputs)
-        unshare(small, captured.source)
-        report.seconds.update(capture=captured.seconds, compile=time.perf_counter() - start)
-        small.fibration = report
+        small = workshop.compiled(eps, verify=verify)
         bar.update(len(steps) - bar.n)
     return small
-
-
-def shrink(
-    graph_module: fx.GraphModule,
-    eps: float = 0.0,
-    criterion: str = "fibration",
-    round_to: int | None = None,
-    skip: Iterable[str] = (),
-    step: Any = lambda name: None,
-    residual: str = "joint",
-) -> tuple[Plan, fx.GraphModule]:
-    """Color, plan and rewrite a captured graph.
-
-    Where a rewritten op does not fit its operands, its node is made a barrier (it is in the
-    report's refusals) and the plan is made again, so a wrong rule costs a merge, never a result.
-    """
-    barriers: dict[fx.Node, str] = {}
-    while True:
-        step("color")
-        analysis = Analysis(
-            graph_module,
-            eps,
-            criterion,
-            barriers,
-            skipped_nodes(graph_module, skip),
-            separate=residual != "joint",
-        )
-        analysis.run()
-        step("plan")
-        plan = make_plan(analysis, round_to, residual)
-        step("rewrite")
-        try:
-            return plan, Rewriter(plan).run()
-        except UnfitError as error:
-            if error.node in barriers:
-                raise
-            barriers[error.node] = f"the merged op does not fit its operands ({error})"
-
-
-def skip_patterns(skip: Any) -> tuple[str, ...]:
-    """One pattern or several.
-
-    Raises:
-        InputError: they are no strings.
-    """
-    if isinstance(skip, str):
-        return (skip,)
-    patterns = tuple(skip) if isinstance(skip, Iterable) else (skip,)
-    if not all(isinstance(pattern, str) for pattern in patterns):
-        raise InputError(f"skip must be a pattern of module paths or a list of them, not {skip!r}.")
-    return patterns
-
-
-def skipped_nodes(graph_module: fx.GraphModule, patterns: Iterable[str]) -> list[fx.Node]:
-    """The layers that the user's patterns name.
-
-    Raises:
-        InputError: a pattern matches none.
-    """
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    patterns = tuple(patterns)
-    if not patterns:
-        return []
-    found, used = [], set()
-    for node in graph_module.graph.nodes:
-        if node.op != "call_function":
-            continue
-        paths = {
-            str(source.target).rpartition(".")[0]
-            for source in node.all_input_nodes
-            if source.op == "get_attr"
-        }
-        for pattern in patterns:
-            if any(fnmatch.fnmatchcase(path, pattern) for path in paths):
-                found.append(node)
-                used.add(pattern)
-    unused = [p for p in patterns if p not in used]
-    if unused:
-        raise InputError(
-            f"skip pattern {unused[0]!r} matches no layer; patterns are module paths "
-            "such as 'layer1.*.conv1'."
-        )
-    return found
 
 
 def color(
     model: nn.Module,
     example_inputs: Any,
-    eps: float = 0.0,
+    eps: Eps = 0.0,
     symmetry: str = "fiber",
     *,
     criterion: str = "fibration",
@@ -291,17 +239,23 @@ def color(
     Raises:
         As :func:`compile`, but for ``VerifyError``.
     """
-    check_options(eps, criterion, None, None)
+    check_options(eps, criterion, None)
     check_symmetry(symmetry)
     if opfiber_eps is not None:
-        check_options(opfiber_eps, criterion, None, None)
-    captured = capture(model, example_inputs, example_kwargs)
-    analysis = Analysis(captured.graph_module, float(eps), criterion).run()
-    plan = make_plan(analysis)
-    report = report_of(captured, plan, captured.graph_module, float(eps), criterion)
+        check_options(opfiber_eps, criterion, None)
+    if symmetry != "fiber" and (isinstance(eps, Mapping) or criterion == "energy"):
+        raise InputError(
+            f"{symmetry!r} is colored with one number as eps, and not by the criterion 'energy'."
+        )
+    workshop = Workshop(model, example_inputs, example_kwargs, criterion=criterion)
+    captured = workshop.captured
+    policy = workshop.policy(eps_of(eps))
+    plan = make_plan(Analysis(captured.graph_module, policy=policy).run())
+    report = report_of(captured, plan, captured.graph_module, eps_of(eps), criterion)
     if symmetry == "fiber":
         found = layer_labels(plan)
     else:
+        assert not isinstance(eps, Mapping)
         found, both = symmetries(
             captured, symmetry, float(eps), opfiber_eps, criterion, batch_statistics
         )
@@ -310,4 +264,12 @@ def color(
     return Colors(report, labels, symmetry)
 
 
-__all__ = ["Colors", "color", "compile", "compile_now", "shrink"]
+__all__ = [
+    "Colors",
+    "color",
+    "compile",
+    "compile_now",
+    "shrink",
+    "skip_patterns",
+    "skipped_nodes",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from fxfib._version import __version__
 from fxfib.capture import Captured
 from fxfib.errors import VerifyError
 from fxfib.macs import macs_of
+from fxfib.passes.criteria import Eps
 from fxfib.passes.groups import groups_of
 from fxfib.passes.picture import layers_of
 from fxfib.passes.plan import Plan
@@ -31,7 +33,7 @@ def _unused(captured: Captured) -> list[str]:
     return [f"{unused:,} parameters that forward does not use are left out"] if unused > 0 else []
 
 
-def _batch(captured: Captured) -> int:
+def batch_of(captured: Captured) -> int:
     """The example's batch size, where MACs can be given for one example."""
     for node in captured.graph_module.graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")
@@ -41,16 +43,17 @@ def _batch(captured: Captured) -> int:
 
 
 def report_of(
-    captured: Captured, plan: Plan, rewritten: fx.GraphModule, eps: float, criterion: str
+    captured: Captured, plan: Plan, rewritten: fx.GraphModule, eps: Eps, criterion: str
 ) -> Report:
     """Sizes, groups and refusals of a compile, without measured errors."""
-    batch = _batch(captured)
+    batch = batch_of(captured)
     tensors: list[torch.Tensor] = [*captured.source.parameters()] or [*captured.source.buffers()]
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in tensors})
     groups = groups_of(plan)
     return Report(
         model=type(captured.source).__name__,
-        eps=eps,
+        eps=max(eps.values(), default=0.0) if isinstance(eps, Mapping) else eps,
+        precisions=dict(eps) if isinstance(eps, Mapping) else {},
         criterion=criterion,
         dtype=", ".join(dtypes),
         device=str(tensors[0].device),

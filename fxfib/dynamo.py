@@ -64,9 +64,10 @@ class Backend:
     graphs: list[GraphRecord] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        from fxfib.api import check_options, skip_patterns
+        from fxfib.api import check_options
+        from fxfib.workshop import skip_patterns
 
-        check_options(self.eps, self.criterion, None, self.round_to)
+        check_options(self.eps, self.criterion, self.round_to)
         self.skip = skip_patterns(self.skip)
         if self.watch not in WATCHES:
             known = ", ".join(repr(name) for name in WATCHES)

@@ -12,7 +12,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from fxfib.agreement import difference
-from fxfib.api import check_options, shrink, skip_patterns
+from fxfib.api import check_options
 from fxfib.binding import free_axes
 from fxfib.capture import Captured, capture
 from fxfib.certificate import report_of, verified
@@ -22,6 +22,7 @@ from fxfib.graph_tools import fixed_size, value_of
 from fxfib.program import to_graph_module
 from fxfib.refusals import preserved, refuse_unsupported
 from fxfib.report import Report
+from fxfib.workshop import shrink, skip_patterns
 
 aten = torch.ops.aten
 
@@ -85,7 +86,7 @@ def _merged(
     skip: Iterable[str],
     verify: bool,
 ) -> tuple[fx.GraphModule, Report]:
-    check_options(eps, criterion, None, round_to)
+    check_options(eps, criterion, round_to)
     patterns = skip_patterns(skip)
     inputs = tuple(_plain(value) for value in example_inputs)
     _check(graph_module, inputs)

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxfib.api import skip_patterns, skipped_nodes
 from fxfib.capture import capture, normalize_inputs
 from fxfib.copies import Copies
 from fxfib.errors import InputError, VerifyError
@@ -23,6 +22,7 @@ from fxfib.passes.forward import Analysis
 from fxfib.passes.plan import Plan, tied_tables
 from fxfib.passes.rewrite import Rewriter
 from fxfib.passes.verify import TOLERANCE, difference
+from fxfib.workshop import skip_patterns, skipped_nodes
 
 # Larger changes of the columns leave nothing of float32 after the sum.
 MOST_ZERO_SUM = 100.0

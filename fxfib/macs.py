@@ -49,8 +49,16 @@ def macs_of(
     Args:
         shape: sizes of a node's value, where they are not those that it carries.
     """
-    total = 0
+    return sum(macs_by_node(graph_module, shape).values())
+
+
+def macs_by_node(
+    graph_module: fx.GraphModule, shape: Callable[[fx.Node], tuple[int, ...]] = _shape
+) -> dict[fx.Node, int]:
+    """The same, op by op."""
+    found: dict[fx.Node, int] = {}
     for node in graph_module.graph.nodes:
+        total = 0
         if node.target in _RECURRENT:
             # Every step multiplies by every weight once.
             steps = math.prod(shape(node.args[0])[:2])
@@ -60,10 +68,11 @@ def macs_of(
         elif node.target in _CELLS:
             rows = math.prod(shape(node.args[0])[:-1])
             total += rows * sum(math.prod(shape(weight)) for weight in node.args[2:4])
-        if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
-            continue
-        out = math.prod(shape(node))
-        if node.target in _LINEAR:
+        tensor = node.op == "call_function" and isinstance(node.meta.get("val"), torch.Tensor)
+        out = math.prod(shape(node)) if tensor else 0
+        if not tensor:
+            pass
+        elif node.target in _LINEAR:
             left = (
                 node.args[1]
                 if node.target in (aten.addmm.default, aten.baddbmm.default)
@@ -77,4 +86,6 @@ def macs_of(
         elif node.target is aten.scaled_dot_product_attention.default:
             query, key = shape(node.args[0]), shape(node.args[1])
             total += math.prod(query) * key[-2] + out * key[-2]
-    return total
+        if total:
+            found[node] = total
+    return found

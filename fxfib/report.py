@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from fxfib import layers as layer_data
+from fxfib.frontier import Point
 from fxfib.layers import Layer
 from fxfib.passes.forward import Refusal
 
@@ -45,7 +46,8 @@ class Report:
 
     Attributes:
         model: class name of the compiled model.
-        eps, criterion, dtype, device: what was asked, and of what.
+        eps, criterion, dtype, device: what was asked, and of what; of several eps the largest.
+        precisions: eps of every pattern of module paths, where several were given.
         parameters_before, parameters_after: numbers of parameter elements (buffers not counted).
         macs_before, macs_after: multiply-accumulates for one example.
         error: largest absolute difference of any output on the example inputs, in the model's
@@ -59,6 +61,7 @@ class Report:
         versions: of the packages that made this.
         seconds: capture and compile times.
         layers: of every layer where each of its nodes went.
+        frontier: what :func:`fxfib.tune` has seen, by size.
     """
 
     model: str
@@ -80,6 +83,8 @@ class Report:
     versions: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     layers: tuple[Layer, ...] = field(default=(), repr=False)
+    precisions: dict[str, float] = field(default_factory=dict)
+    frontier: tuple[Point, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts."""
@@ -100,6 +105,7 @@ class Report:
             Group(**{**g, "members": tuple(g["members"])}) for g in values.get("groups", ())
         )
         values["refusals"] = tuple(Refusal(**r) for r in values.get("refusals", ()))
+        values["frontier"] = tuple(Point(**p) for p in values.get("frontier", ()))
         values["notes"] = tuple(values.get("notes", ()))
         values["layers"] = tuple(Layer.from_dict(layer) for layer in values.get("layers", ()))
         return cls(**values)
@@ -135,7 +141,10 @@ class Report:
         return tuple(g for g in self.groups if g.fibers < g.nodes)
 
     def __str__(self) -> str:
-        lines = [f"{self.model}: eps {self.eps:g}, {self.criterion}, {self.dtype} on {self.device}"]
+        most = "at most " if self.precisions else ""
+        lines = [
+            f"{self.model}: eps {most}{self.eps:g}, {self.criterion}, {self.dtype} on {self.device}"
+        ]
         lines.append(_before_after("parameters", self.parameters_before, self.parameters_after))
         lines.append(_before_after("MACs", self.macs_before, self.macs_after))
         lines.append(f"  {'error':<12} {self._error_line()}")

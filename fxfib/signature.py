@@ -267,7 +267,13 @@ def scale_tolerance(
     return result + own + own[first][inverse]
 
 
-def color_form(form: Form, size: int, eps: float, criterion: str, roundoff: float = 0.0) -> Factor:
+def color_form(
+    form: Form,
+    size: int,
+    eps: float,
+    criterion: str,
+    roundoff: float = 0.0,
+) -> Factor:
     """Turn an affine form into colors: equal rows and offsets, equal color.
 
     A node whose row is zero (within its rounding bound) is the constant of its offset.  At every
@@ -288,6 +294,10 @@ def color_form(form: Form, size: int, eps: float, criterion: str, roundoff: floa
     none = constant & (np.abs(form.offset) <= form.offset_bound)
     form = replace(form, offset=np.where(none, 0.0, form.offset)) if none.any() else form
     table, bound, relative, match = _table(form)
+    if eps > 0 and criterion != "fibration":
+        labels = _linked(table, eps, criterion, bound, relative, match, constant) + FIRST_FREE
+        labels, scales = with_constants(labels, np.ones(size), constant, form.offset)
+        return Factor((axis,), labels, scales, space)
     # Step one: equal rows.  Members of one color then share one scale exactly, whatever rounding.
     exact = color(table, 0.0, criterion, must_match=match, bound=bound, relative=relative)
     equal = exact.labels.numpy()
@@ -311,6 +321,32 @@ def color_form(form: Form, size: int, eps: float, criterion: str, roundoff: floa
     scales = nearby_short(heads.scales.numpy(), tolerance)[equal]
     labels, scales = with_constants(labels, scales, constant, form.offset)
     return Factor((axis,), labels, scales, space)
+
+
+def _linked(
+    table: torch.Tensor,
+    eps: float,
+    criterion: str,
+    bound: torch.Tensor | None,
+    relative: torch.Tensor | None,
+    match: torch.Tensor | None,
+    constant: npt.NDArray[np.bool_],
+) -> Labels:
+    """Colors by linkage, of the nodes that are not constant; zeros for those."""
+    chosen = torch.from_numpy(np.flatnonzero(~constant))
+    labels = np.zeros(len(table), np.int64)
+    if not len(chosen):
+        return labels
+    found = color(
+        table[chosen],
+        eps,
+        criterion,
+        must_match=None if match is None else match[chosen],
+        bound=None if bound is None else bound[chosen],
+        relative=relative,
+    )
+    labels[chosen.numpy()] = found.labels.numpy()
+    return labels
 
 
 def _table(

@@ -127,9 +127,9 @@ def check(
         InputError: an argument is out of range, or the loss is no finite scalar.
         As :func:`fxfib.color` otherwise.
     """
-    check_options(eps, "fibration", None, None)
+    check_options(eps, "fibration", None)
     if opfiber_eps is not None:
-        check_options(opfiber_eps, "fibration", None, None)
+        check_options(opfiber_eps, "fibration", None)
     captured = capture(model, example_inputs, example_kwargs)
     continued = Continued(captured.graph_module)
     analysis = continued.color(float(eps), opfiber_eps)

@@ -17,6 +17,7 @@ from torch import fx
 
 from fxfib.coloring import Factor, Floats, Labels, Value
 from fxfib.graph_tools import is_idle_dropout
+from fxfib.passes.criteria import Policy
 from fxfib.passes.expansion import Edge
 from fxfib.passes.heads import Heads, find_heads
 from fxfib.passes.relations import Full, Ref, Relation
@@ -24,7 +25,7 @@ from fxfib.passes.rules import find_rule
 from fxfib.passes.rules.attention import color_root, flat_value
 from fxfib.passes.rules.base import Barrier, hint, is_tensor
 from fxfib.passes.rules.tracing import Block
-from fxfib.signature import Form, color_form, unit_roundoff
+from fxfib.signature import Form, unit_roundoff
 
 RANDOM = torch.Tag.nondeterministic_seeded
 
@@ -74,6 +75,7 @@ class Analysis:
         barriers: nodes to treat as barriers, with the reason.
         skip: nodes whose outputs must not be merged (the user asked).
         separate: also color by itself what could be stored smaller than it is read.
+        policy: how rows become colors; None: by eps and criterion alone.
     """
 
     #: Whether layouts follow from the colors; if not, products of values need no heads.
@@ -87,10 +89,11 @@ class Analysis:
         barriers: Mapping[fx.Node, str] | None = None,
         skip: Iterable[fx.Node] = (),
         separate: bool = False,
+        policy: Policy | None = None,
     ) -> None:
         self.graph_module = graph_module
-        self.eps = eps
-        self.criterion = criterion
+        self.policy = policy or Policy(eps, criterion)
+        self.criterion = self.policy.criterion
         self.values: dict[fx.Node, Value] = {}
         self.relations: list[Relation] = []
         self.refusals: list[Refusal] = []
@@ -187,6 +190,15 @@ class Analysis:
             self._constants[node] = result
         return self._constants[node]
 
+    @property
+    def eps(self) -> float:
+        """Fiber precision of the op that is being visited."""
+        return self.policy.eps_at(self._current)
+
+    @eps.setter
+    def eps(self, eps: float) -> None:
+        self.policy.eps = eps
+
     # -- values ------------------------------------------------------------------------------
 
     def value(self, node: fx.Node) -> Value:
@@ -200,9 +212,7 @@ class Analysis:
         value = self.value(node)
         if value.form is not None and value.factor(value.form.axis) is None:
             form = value.form
-            factor = color_form(
-                form, value.shape[form.axis], self.eps, self.criterion, self.roundoff
-            )
+            factor = self.policy.factor(self, node, form, value.shape[form.axis])
             value.factors = (*value.factors, factor)
         return value
 
@@ -250,9 +260,7 @@ class Analysis:
             return None
         if (node, axis) not in self._alone:
             size = value.shape[axis]
-            self._alone[node, axis] = color_form(
-                value.form, size, self.eps, self.criterion, self.roundoff
-            )
+            self._alone[node, axis] = self.policy.factor(self, node, value.form, size)
         return self._alone[node, axis]
 
     def offer(self, reader: fx.Node) -> None:

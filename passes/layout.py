@@ -80,7 +80,7 @@ class Layout:
         """How many slots belong to nodes before a position (no slot reaches across it)."""
         return int((self.representative < position).sum())
 
-    def rows(self, weights: Floats | None) -> Reducer:
+    def rows(self, weights: Floats | None, masses: Floats | None = None) -> Reducer:
         """For an output axis: Eq. 10's average over the members of a slot."""
         raise NotImplementedError
 
@@ -175,8 +175,8 @@ class MergeLayout(Layout):
         kept = self.slot[self.slot >= 0]
         return np.bincount(kept, minlength=self.size).astype(np.float64)
 
-    def rows(self, weights: Floats | None) -> Reducer:
-        return Average(self, weights)
+    def rows(self, weights: Floats | None, masses: Floats | None = None) -> Reducer:
+        return Average(self, weights, masses)
 
     def columns(self, scales: Floats | None) -> Reducer:
         return Total(self, scales)
@@ -188,10 +188,12 @@ class Average:
 
     ``weights[i]`` is the factor that makes node ``i`` comparable with the others of its slot; None:
     the members are comparable only through what follows, so the representative stands for all.
+    ``masses[i]`` is how much it counts in the mean; None: all count alike.
     """
 
     layout: MergeLayout
     weights: Floats | None
+    masses: Floats | None = None
 
     @property
     def full(self) -> int:
@@ -211,7 +213,7 @@ class Average:
         members = layout.slot >= 0
         slot = np.where(members, layout.slot, 0)
         with np.errstate(divide="ignore", invalid="ignore"):
-            share = self.weights / lead[slot] / layout.counts[slot]
+            share = self.weights / lead[slot] * self._part(slot, members)
         # A slot whose factors vanish or blow up is represented by its first member alone.
         broken = np.zeros(layout.size, dtype=bool)
         np.logical_or.at(broken, slot[members], ~np.isfinite(share[members]))
@@ -222,7 +224,7 @@ class Average:
         chosen = np.flatnonzero(members & several)
         number = np.cumsum(layout.counts > 1) - 1
         weights = share[chosen]
-        plain = bool(np.all(weights * layout.counts[slot[chosen]] == 1.0))
+        plain = self.masses is None and bool(np.all(weights * layout.counts[slot[chosen]] == 1.0))
         # Slots of one member keep their bits, and so do means of equal members.
         result = layout.first.apply(tensor, axis)
         means = merge(
@@ -235,6 +237,14 @@ class Average:
         places = torch.from_numpy(np.flatnonzero(layout.counts > 1)).to(tensor.device)
         result.index_copy_(axis, places, means)
         return result
+
+    def _part(self, slot: Labels, members: npt.NDArray[np.bool_]) -> Floats:
+        """What part of its slot each node is."""
+        if self.masses is None:
+            return 1.0 / self.layout.counts[slot]
+        total = np.bincount(slot[members], self.masses[members], minlength=self.layout.size)
+        weightless = total[slot] == 0
+        return np.where(weightless, 1.0 / self.layout.counts[slot], self.masses / total[slot])
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,7 +32,7 @@ class LiftLayout(Layout):
         times = np.bincount(self.representative, minlength=self.full)
         return np.asarray(1.0 / times[self.representative])
 
-    def rows(self, weights: Floats | None) -> Reducer:
+    def rows(self, weights: Floats | None, masses: Floats | None = None) -> Reducer:
         """Copies have the row of their node."""
         return self.first
 

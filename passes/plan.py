@@ -33,6 +33,7 @@ class Plan:
             as the embedding needs it (columns averaged), and these layers count what they read.
         relations: what the layouts obey.
         expansions: by reader and source, where an index expands what is read.
+        masses: for a node, how much each member counts in the average of its slot; missing: alike.
     """
 
     analysis: Analysis
@@ -42,6 +43,7 @@ class Plan:
     tables: dict[fx.Node, fx.Node] = field(default_factory=dict)
     relations: Sequence[Relation] = ()
     expansions: dict[tuple[fx.Node, fx.Node], list[Expansion]] = field(default_factory=dict)
+    masses: dict[fx.Node, Floats] = field(default_factory=dict)
 
     def layout(self, node: fx.Node, axis: int | str) -> Layout:
         """Slots of an axis; every node its own where no relation names it."""
@@ -76,17 +78,36 @@ def make_plan(analysis: Analysis, round_to: int | None = None, residual: str = "
         layouts: dict[Ref, Layout] = {
             ref: merge_layout(ids, solver.keep[ref]) for ref, ids in solver.ids.items()
         }
+        weights = comparable(analysis, edges)
         return Plan(
             analysis,
             layouts,
-            comparable(analysis, edges),
+            weights,
             solver.reasons,
             tables,
             relations,
             expansions(edges, layouts),
+            masses(analysis, weights),
         )
 
     return choose(analysis, residual, solve)
+
+
+def masses(analysis: Analysis, weights: Iterable[fx.Node]) -> dict[fx.Node, Floats]:
+    """How much the nodes of a value count in averages: what the policy said where it was colored.
+
+    Args:
+        weights: the values whose nodes can be averaged, every reader before what it reads.
+    """
+    found: dict[fx.Node, Floats] = {}
+    for node in weights:
+        uses = analysis.gains.get(node, [])
+        given = analysis.policy.masses.get(node)
+        if given is None and len(uses) == 1:
+            given = found.get(uses[0][0])
+        if given is not None:
+            found[node] = given
+    return found
 
 
 def comparable(analysis: Analysis, edges: Iterable[Edge] = ()) -> dict[fx.Node, Floats]:

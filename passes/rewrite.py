@@ -44,6 +44,11 @@ class Rewriter:
         self._current: fx.Node | None = None
         self.origin: dict[str, fx.Node] = {}
 
+    @property
+    def images(self) -> Mapping[fx.Node, fx.Node]:
+        """The new node of every original one that was written."""
+        return self._new
+
     # -- what rules ask --------------------------------------------------------------------
 
     def layout(self, node: fx.Node, axis: int | str) -> Layout:
@@ -64,7 +69,7 @@ class Rewriter:
     def rows(self, node: fx.Node, axis: int) -> Reducer:
         """The average over merged output nodes; the sum where heads contract over them."""
         layout = self.layout(node, axis)
-        average = layout.rows(self.plan.weights.get(node))
+        average = layout.rows(self.plan.weights.get(node), self.plan.masses.get(node))
         summed = self.analysis.heads.summed.get(node)
         if summed is None or axis != self.analysis.heads.roots[node] or not summed.any():
             return average

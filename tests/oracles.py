@@ -12,13 +12,13 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 import fxfib
-from fxfib.api import shrink
 from fxfib.capture import Captured, capture
 from fxfib.coloring import FIRST_FREE, ONE, Factor
 from fxfib.passes.forward import Analysis
 from fxfib.passes.plan import Plan
 from fxfib.passes.propagation import UnfitError
 from fxfib.passes.verify import TOLERANCE, Float64, difference
+from fxfib.workshop import shrink
 
 DYNAMIC = 16  # rows of a batch of any size: enough to see what a ReLU hides in two
 UNFIT = "the merged op does not fit"

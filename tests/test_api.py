@@ -83,7 +83,7 @@ def test_bad_options():
     with pytest.raises(InputError, match="round_to"):
         fxfib.compile(network(), 0.0, INPUTS, round_to=0)
     with pytest.raises(InputError, match="calibration"):
-        fxfib.compile(network(), 0.0, INPUTS, calibration=[INPUTS])
+        fxfib.compile(network(), 0.1, INPUTS, calibration=3)
     with pytest.raises(InputError, match=r"skip pattern 'layer9\.\*' matches no layer"):
         fxfib.compile(network(), 0.0, INPUTS, skip=("layer9.*",))
     with pytest.raises(InputError, match="unknown symmetry"):

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from fxfib.coloring import Value, opened
+from fxfib.passes.regression import Regression
 from fxfib.passes.relations import Move, Ref, Same
 
 if TYPE_CHECKING:
@@ -120,6 +121,19 @@ class Rule:
         Only linear ops say more than "all": a column of zeros is never read.
         """
         return iter(())
+
+    def columns(self, analysis: Analysis, node: fx.Node) -> Iterator[tuple[Ref, torch.Tensor]]:
+        """The weights that read input nodes, for ops that are linear in them.
+
+        Yields:
+            An input axis, and what multiplies its nodes, ``[m, nodes]``: all outputs and kernel
+            positions are rows.
+        """
+        return iter(())
+
+    def regression(self, analysis: Analysis, node: fx.Node) -> Regression | None:
+        """The layer as a linear regression; None where it is none, or cannot be written as one."""
+        return None
 
     def produces(self, analysis: Analysis, node: fx.Node) -> Iterator[tuple[str, Ref]]:
         """The axes of nodes that a layer makes, for the report.

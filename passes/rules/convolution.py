@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from fxfib.coloring import ONE, ZERO, Factor, Value, unique_rows
+from fxfib.passes.regression import Regression, convolution_regression
 from fxfib.passes.relations import Full, Keep, Move, Ref, Refine, Same
 from fxfib.passes.rules.base import Barrier, Mask, Rule, columns_read, overloads, register
 from fxfib.signature import ROUNDING_MULTIPLE, Form, collapse_columns
@@ -294,6 +295,36 @@ class Convolution(Rule):
         if alive is not None:
             used = used & torch.from_numpy(alive).reshape(groups, -1, 1)
         yield (bound["input"], axis), used.any(1).reshape(-1).numpy()
+
+    def columns(self, analysis: Analysis, node: fx.Node) -> Iterator[tuple[Ref, torch.Tensor]]:
+        bound = analysis.arguments(node)
+        tensor, groups = self.weight_of(analysis, node)
+        axis = len(analysis.shape(bound["input"])) - (tensor.ndim - 2)
+        # [groups, out / groups, in / groups, *kernel]: every group reads its own inputs alone.
+        rows = tensor.flatten(3).transpose(2, 3).flatten(1, 2)
+        if groups == 1:
+            yield (bound["input"], axis), rows[0]
+        else:
+            wide = [torch.block_diag(*rows)] if rows.shape[2] > 1 else [rows[:, :, 0].t()]
+            yield (bound["input"], axis), wide[0]
+
+    def regression(self, analysis: Analysis, node: fx.Node) -> Regression | None:
+        bound = analysis.arguments(node)
+        kernel = analysis.shape(bound["weight"])[2:]
+        fits = bound["groups"] == 1 and not self.transposed(analysis, node) and len(kernel) < 3
+        batched = len(analysis.shape(node)) == len(kernel) + 2
+        padding = bound["padding"]
+        if isinstance(padding, str) or not fits or not batched:
+            return None
+        stride, pads, dilation = (
+            tuple(v) * (len(kernel) // len(v))
+            if isinstance(v, (list, tuple))
+            else (v,) * len(kernel)
+            for v in (bound["stride"], padding, bound["dilation"])
+        )
+        return convolution_regression(
+            bound["input"], bound["weight"], bound["bias"], kernel, stride, pads, dilation
+        )
 
     def produces(self, analysis: Analysis, node: fx.Node) -> Iterator[tuple[str, Ref]]:
         kernel = len(analysis.shape(analysis.arguments(node)["weight"])) - 2

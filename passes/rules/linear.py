@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from fxfib.coloring import Factor, Value, opened
+from fxfib.passes.regression import Regression, linear_regression
 from fxfib.passes.relations import Full, Ref, Same
 from fxfib.passes.rules.attention import multiply_values
 from fxfib.passes.rules.base import Barrier, Mask, Rule, columns_read, overloads, register
@@ -104,6 +105,20 @@ class LinearMap(Rule):
         for axis in analysis.value(source).tracked_axes:
             if axis != len(analysis.shape(source)) - 1 and (node, axis) in live:
                 yield (source, axis), live[node, axis]
+
+    def columns(self, analysis: Analysis, node: fx.Node) -> Iterator[tuple[Ref, torch.Tensor]]:
+        source, weight, _, out = self.operands(analysis, node)
+        if analysis.is_constant(weight):
+            tensor = analysis.constant(weight)
+            last = len(analysis.shape(source)) - 1
+            yield (source, last), tensor if out == 0 else tensor.t()
+
+    def regression(self, analysis: Analysis, node: fx.Node) -> Regression | None:
+        source, weight, bias, out = self.operands(analysis, node)
+        rank = len(analysis.shape(node))
+        if rank < 2 or not analysis.is_constant(weight) or analysis.is_constant(source):
+            return None
+        return linear_regression(source, weight, bias, out, rank)
 
     def produces(self, analysis: Analysis, node: fx.Node) -> Iterator[tuple[str, Ref]]:
         yield "", (node, len(analysis.shape(node)) - 1)

@@ -1,0 +1,165 @@
+"""Inputs on which the original and the small network are compared while layers are fitted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+
+from fxfib.capture import Captured, normalize_inputs
+from fxfib.errors import InputError
+from fxfib.passes.rules.base import hint
+
+MOST_EXAMPLES = 4096
+BATCH = 256
+# Numbers of synthetic input in all: many small examples, or few large ones.
+MOST_NUMBERS = 2**23
+FEWEST_EXAMPLES = 64
+
+Batch = tuple[Any, ...]
+
+
+def batches_of(
+    calibration: Any,
+    captured: Captured,
+    example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None,
+) -> list[Batch]:
+    """Flat inputs of the captured graph, batch by batch.
+
+    Args:
+        calibration: as in :func:`fxfib.compile`; None: synthetic inputs.
+        example_inputs, example_kwargs: those that the model was captured on.
+
+    Raises:
+        InputError: there is no input in it, or one does not fit the model.
+    """
+    if calibration is None:
+        examples = normalize_inputs(captured.source, example_inputs, example_kwargs)
+        return list(synthetic(captured, pytree.tree_leaves(examples)))
+    if isinstance(calibration, (torch.Tensor, Mapping)):
+        calibration = [calibration]
+    if not isinstance(calibration, Iterable):
+        raise InputError(
+            "calibration must be a tensor or an iterable of batches, "
+            f"not {type(calibration).__name__}."
+        )
+    found: list[Batch] = []
+    count = 0
+    for item in calibration:
+        leaves = checked_batch(item, captured)
+        batched = _batched(captured)
+        total = max((len(leaves[i]) for i in batched), default=1)
+        for start in range(0, total, BATCH):
+            stop = min(start + BATCH, total, start + MOST_EXAMPLES - count)
+            if stop > start:
+                part = [leaf[start:stop] if i in batched else leaf for i, leaf in enumerate(leaves)]
+                found.append(tuple(part))
+                count += stop - start
+        if count >= MOST_EXAMPLES:
+            break
+    if not found:
+        raise InputError("calibration holds no inputs.")
+    return found
+
+
+def checked_batch(item: Any, captured: Captured) -> list[Any]:
+    """One batch as the flat inputs of the graph; what follows the arguments is left out.
+
+    Raises:
+        InputError: it does not fit the model.
+    """
+    leaves = _leaves(item, captured)
+    _check(leaves, captured)
+    return leaves
+
+
+def _leaves(item: Any, captured: Captured) -> list[Any]:
+    arguments, keywords = captured.in_spec.unflatten([None] * captured.in_spec.num_leaves)
+    if isinstance(item, (tuple, list)) and not hasattr(item, "_fields"):
+        args = tuple(item)[: len(arguments)] if arguments else tuple(item)
+        kwargs: Mapping[str, Any] = {}
+    else:
+        args, kwargs = normalize_inputs(captured.source, item)
+    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+    if spec != captured.in_spec:
+        raise InputError(
+            f"a batch of calibration does not fit the model's arguments: {len(args)} positional "
+            f"and {sorted(kwargs)} by keyword, where {len(arguments)} and {sorted(keywords)} were "
+            "captured."
+        )
+    return leaves
+
+
+def _check(leaves: Sequence[Any], captured: Captured) -> None:
+    for leaf, node in zip(leaves, _placeholders(captured), strict=True):
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            continue
+        if not isinstance(leaf, torch.Tensor):
+            raise InputError(f"calibration gives {type(leaf).__name__} for a tensor argument.")
+        fixed = [None if not isinstance(s, int) else s for s in value.shape]
+        fits = leaf.ndim == len(fixed) and all(
+            s is None or s == size for s, size in zip(fixed, leaf.shape, strict=True)
+        )
+        if not fits or leaf.dtype != value.dtype:
+            wanted = "x".join("any" if s is None else str(s) for s in fixed)
+            raise InputError(
+                f"calibration gives a tensor of {tuple(leaf.shape)} and {leaf.dtype}, where the "
+                f"model was captured with {wanted} and {value.dtype}."
+            )
+        if leaf.is_floating_point() and not bool((leaf < torch.inf).all()):
+            raise InputError("calibration holds NaN or infinity.")
+
+
+def _placeholders(captured: Captured) -> list[fx.Node]:
+    return captured.graph_module.graph.find_nodes(op="placeholder")
+
+
+def _batched(captured: Captured) -> list[int]:
+    """Which inputs have the batch as their first axis."""
+    if not captured.dynamic_batch:
+        return []
+    return [
+        place
+        for place, node in enumerate(_placeholders(captured))
+        if isinstance(value := node.meta.get("val"), torch.Tensor)
+        and value.ndim
+        and not isinstance(value.shape[0], int)
+    ]
+
+
+def synthetic(captured: Captured, leaves: Sequence[Any], seed: int = 0) -> Iterator[Batch]:
+    """Gaussian noise in place of floating inputs, and drawn entries of the example elsewhere.
+
+    Args:
+        leaves: the flat example inputs.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    batched = _batched(captured)
+    sizes = [
+        max(1, leaf.numel() // max(1, len(leaf)))
+        for place, leaf in enumerate(leaves)
+        if place in batched
+    ]
+    wished = MOST_NUMBERS // max(sizes, default=1)
+    examples = min(MOST_EXAMPLES, max(FEWEST_EXAMPLES, wished)) if batched else 1
+    for start in range(0, examples, BATCH):
+        count = min(BATCH, examples - start)
+        batch = []
+        for place, leaf in enumerate(leaves):
+            if not isinstance(leaf, torch.Tensor) or not leaf.ndim:
+                batch.append(leaf)
+                continue
+            shape = (count, *leaf.shape[1:]) if place in batched else tuple(map(hint, leaf.shape))
+            if leaf.is_floating_point():
+                drawn = torch.randn(shape, generator=generator)
+                batch.append(drawn.to(leaf.dtype).to(leaf.device))
+            else:
+                flat = leaf.reshape(-1)
+                index = torch.randint(len(flat), shape, generator=generator)
+                batch.append(flat[index.to(leaf.device)])
+        yield tuple(batch)

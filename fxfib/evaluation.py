@@ -1,0 +1,79 @@
+"""Losses of small networks on the user's data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+
+from fxfib.calibration import checked_batch
+from fxfib.capture import Captured
+from fxfib.errors import InputError
+
+
+class Evaluator:
+    """Mean loss over all batches, weighted by their sizes.
+
+    Args:
+        captured: the original.
+        data: batches ``(inputs, target)`` with a loss function, inputs without one; iterated once
+            for every evaluation, so a list or a ``DataLoader``, no generator.
+        loss_fn: ``loss_fn(output, target)``; None: the squared difference from the original's
+            outputs over their variance.
+
+    Attributes:
+        original: loss of the original (0 without a loss function).
+
+    Raises:
+        InputError: data that can be read only once, is empty, or does not fit the model.
+    """
+
+    def __init__(
+        self, captured: Captured, data: Any, loss_fn: Callable[..., Any] | None = None
+    ) -> None:
+        if isinstance(data, torch.Tensor):
+            data = [data]
+        if iter(data) is data:
+            raise InputError("data must be read again and again: a list or a DataLoader.")
+        self.captured = captured
+        self.data = data
+        self.loss_fn = loss_fn
+        self.original = self.loss(captured.graph_module)
+
+    def loss(self, graph_module: fx.GraphModule) -> float:
+        """The loss of a graph that takes the captured inputs.
+
+        Raises:
+            InputError: see the class.
+        """
+        total, count = 0.0, 0
+        moments = torch.zeros(3, dtype=torch.float64)
+        with torch.no_grad():
+            for item in self.data:
+                if self.loss_fn is not None and not (
+                    isinstance(item, (tuple, list)) and len(item) > 1
+                ):
+                    raise InputError("with a loss_fn, data gives batches (inputs, target).")
+                leaves = checked_batch(item, self.captured)
+                size = next((len(t) for t in leaves if isinstance(t, torch.Tensor) and t.ndim), 1)
+                found = graph_module(*leaves)
+                if self.loss_fn is not None:
+                    output = pytree.tree_unflatten(list(found), self.captured.out_spec)
+                    total += float(self.loss_fn(output, item[-1])) * size
+                else:
+                    expected = self.captured.graph_module(*leaves)
+                    for a, b in zip(found, expected, strict=True):
+                        if isinstance(b, torch.Tensor) and b.is_floating_point():
+                            a, b = a.double(), b.double()
+                            moments += torch.stack([(a - b).square().mean(), b.square().mean(),
+                                                    b.mean()]).cpu() * size  # fmt: skip
+                count += size
+        if not count:
+            raise InputError("data holds no batches.")
+        if self.loss_fn is not None:
+            return total / count
+        gap, square, mean = (moments / count).tolist()
+        return gap / max(square - mean**2, 1e-300)

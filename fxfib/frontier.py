@@ -1,0 +1,97 @@
+"""What a search has seen: points of size and loss, and a file that keeps them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fxfib.files import move_into_place, staging_folder
+
+if TYPE_CHECKING:
+    from fxfib.evaluation import Evaluator
+    from fxfib.workshop import Workshop
+
+Key = tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One network.
+
+    Attributes:
+        parameters, macs: counted where it was made, else predicted.
+        eps: of every group, by module path; ``fxfib.compile(..., eps=point.eps)`` makes it.
+        predicted: sum over groups of the share of energy that is lost; None: not predicted.
+        loss: measured on the data; None: not measured.
+        made: whether it was really made.
+        chosen: whether it is what was returned.
+    """
+
+    parameters: int
+    macs: int
+    eps: dict[str, float]
+    predicted: float | None = None
+    loss: float | None = None
+    made: bool = False
+    chosen: bool = False
+
+
+class Store:
+    """Points that were made, in memory and, where a path is given, in a file.
+
+    The file belongs to one search: another model, other options or other data start afresh.
+    """
+
+    def __init__(self, path: str | None, workshop: Workshop, evaluator: Evaluator | None) -> None:
+        self.path = None if path is None else Path(path)
+        self.points: dict[Key, Point] = {}
+        self.mark = "" if path is None else _mark(workshop, evaluator)
+        if self.path is not None and self.path.exists():
+            kept = json.loads(self.path.read_text())
+            if kept.get("search") == self.mark:
+                for data in kept["points"]:
+                    point = Point(**data)
+                    self.points[tuple(sorted(point.eps.items()))] = point
+
+    def get(self, key: Key) -> Point | None:
+        """A point that was made before."""
+        return self.points.get(key)
+
+    def put(self, key: Key, point: Point) -> None:
+        """Keep a point; the file is whole at any moment."""
+        self.points[key] = point
+        if self.path is None:
+            return
+        content: dict[str, Any] = {
+            "search": self.mark,
+            "points": [asdict(p) for p in self.points.values()],
+        }
+        with staging_folder(self.path) as folder:
+            staged = folder / self.path.name
+            staged.write_text(json.dumps(content))
+            move_into_place(staged, self.path)
+
+
+def _mark(workshop: Workshop, evaluator: Evaluator | None) -> str:
+    """What the results of a search depend on, as a hash."""
+    digest = hashlib.sha256()
+    for name, tensor in workshop.graph_module.state_dict().items():
+        value = tensor.detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(value.view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+    options = (
+        workshop.criterion, workshop.compensate, workshop.refine, workshop.round_to, workshop.skip,
+        None if evaluator is None else evaluator.original,
+    )  # fmt: skip
+    digest.update(repr(options).encode())
+    if workshop.compensate or workshop.calibration is not None:
+        for batch in workshop.batches:
+            for leaf in batch:
+                if isinstance(leaf, torch.Tensor):
+                    digest.update(f"{tuple(leaf.shape)}{float(leaf.double().sum())!r}".encode())
+    return digest.hexdigest()

@@ -1,0 +1,76 @@
+"""Nested networks, from the original to the smallest: what goes next, and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fxfib.passes.costs import Costs
+from fxfib.passes.curves import Curve
+
+# Nodes that go in one step, as a part of a group's size; and the fewest that stay.
+STEP = 1 / 256
+FEWEST = 1
+
+
+@dataclass
+class Path:
+    """Points of falling size.
+
+    Attributes:
+        curves: the groups.
+        gone: for every point, how many nodes of each group have gone.
+        parameters, macs: predicted sizes.
+        lost: predicted loss: shares of energy, summed over groups.
+    """
+
+    curves: Sequence[Curve]
+    gone: list[tuple[int, ...]] = field(default_factory=list)
+    parameters: list[float] = field(default_factory=list)
+    macs: list[float] = field(default_factory=list)
+    lost: list[float] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.gone)
+
+    def predicted(self, place: int) -> float:
+        """Predicted loss of a point."""
+        return self.lost[place]
+
+
+def marginal_path(curves: Sequence[Curve], costs: Costs, kind: str) -> Path:
+    """Always the step that loses least for what it saves.
+
+    Args:
+        curves: what is lost in every group.
+        costs: what is saved.
+        kind: ``"params"`` or ``"macs"``.
+    """
+    path = Path(curves)
+    gone = np.zeros(len(curves), dtype=np.int64)
+    steps = np.array([max(1, round(c.size * STEP)) for c in curves])
+    most = np.array([0 if f else len(c.lost) for c, f in zip(curves, costs.fixed, strict=True)])
+
+    def lost(group: int, count: int) -> float:
+        return float(curves[group].lost[count - 1]) if count else 0.0
+
+    while True:
+        left = costs.sizes - gone
+        path.gone.append(tuple(int(g) for g in gone))
+        path.parameters.append(costs.parameters(left))
+        path.macs.append(costs.macs(left))
+        path.lost.append(sum(lost(g, int(gone[g])) for g in range(len(curves))))
+        slope = costs.slope(left, kind)
+        best, price = -1, np.inf
+        for group in range(len(curves)):
+            count = min(int(steps[group]), int(most[group] - gone[group]))
+            if count > 0:
+                paid = lost(group, int(gone[group]) + count) - lost(group, int(gone[group]))
+                value = paid / max(slope[group] * count, 1e-300)
+                if value < price:
+                    best, price = group, value
+        if best < 0:
+            return path
+        gone[best] += min(int(steps[best]), int(most[best] - gone[best]))

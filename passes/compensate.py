@@ -1,0 +1,312 @@
+r"""Compensation: the readers of merged nodes are fitted to what the original computes.
+
+Layer by layer, in topological order, with the small network's own activations :math:`a` (behind the
+layers that are fitted already) and the original's outputs :math:`z`, each merged as the layer's
+nodes are:
+
+.. math:: \min_{W, b}\; E\,|W a + b - z|^2 + \lambda |W - W_0|^2
+
+with :math:`W_0` the columns that merging gave.  Only sums over the inputs are kept: matrices of the
+layer's width squared, whatever the number of inputs.  Batch norm behind a fitted layer gets its
+statistics changed as the layer's outputs have changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxfib.passes.forward import module_path
+from fxfib.passes.layout import Reducer
+from fxfib.passes.regression import Regression, positions_of
+from fxfib.passes.rewrite import Rewriter
+from fxfib.passes.rules import find_rule
+from fxfib.passes.rules.base import overloads
+
+BATCH_NORM = set(overloads("batch_norm", "_native_batch_norm_legit_no_training"))
+# Rows beyond this many for each column of a layer's design say little more.
+ROWS_PER_COLUMN = 24
+FEWEST_ROWS = 40_000
+# How much the columns that merging gave count, as a part of the inputs' mean second moment.
+RIDGE = 1e-2
+
+Batches = Sequence[Sequence[Any]]
+Step = Callable[[str], None]
+
+
+@dataclass
+class Moments:
+    """Sums over all rows so far, in float64: of both sides, and of their products."""
+
+    count: int = 0
+    a: Any = 0.0
+    z: Any = 0.0
+    aa: Any = 0.0
+    az: Any = 0.0
+    zz: Any = 0.0
+
+    def add(self, design: torch.Tensor, response: torch.Tensor) -> None:
+        """Add rows ``[m, d]`` and ``[m, out]``."""
+        self.count += len(design)
+        self.a = self.a + design.sum(0, dtype=torch.float64)
+        self.z = self.z + response.sum(0, dtype=torch.float64)
+        self.aa = self.aa + (design.t() @ design).double()
+        self.az = self.az + (design.t() @ response).double()
+        self.zz = self.zz + response.square().sum(0, dtype=torch.float64)
+
+
+@dataclass
+class Fit:
+    """One layer to fit.
+
+    Attributes:
+        node: the original layer.
+        new: the merged one.
+        regression: how its input meets its weight.
+        rows: how its outputs were merged.
+        level: how many layers have to be fitted before.
+        norm: the batch norm that alone reads the layer, in the small graph.
+    """
+
+    node: fx.Node
+    new: fx.Node
+    regression: Regression
+    rows: Reducer
+    level: int
+    norm: fx.Node | None
+    moments: Moments = field(default_factory=Moments)
+
+
+class Tap(fx.Interpreter):
+    """Runs a graph up to the last of some nodes, and keeps their values alone."""
+
+    def __init__(self, graph_module: fx.GraphModule, wanted: Iterable[fx.Node]) -> None:
+        super().__init__(graph_module)
+        self.wanted = set(wanted)
+        self.found: dict[fx.Node, Any] = {}
+        order = {node: place for place, node in enumerate(graph_module.graph.nodes)}
+        self.last = max(order[node] for node in self.wanted)
+        self.place = 0
+
+    def run_on(self, inputs: Sequence[Any]) -> dict[fx.Node, Any]:
+        """Values of the wanted nodes."""
+        self.found, self.place = {}, 0
+        # What nobody wants is not computed: stop by an exception, as interpreters know no other.
+        with contextlib.suppress(_Enough):
+            self.run(*inputs)
+        return self.found
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The value of one node."""
+        value = super().run_node(n)
+        if n in self.wanted:
+            self.found[n] = value
+        if self.place == self.last:
+            raise _Enough
+        self.place += 1
+        return value
+
+
+class _Enough(Exception):
+    pass
+
+
+def fits_of(rewriter: Rewriter, small: fx.GraphModule) -> tuple[list[Fit], list[str]]:
+    """The layers to fit, in order, and notes on layers that cannot be fitted."""
+    analysis = rewriter.analysis
+    present = set(small.graph.nodes)
+    changed: set[fx.Node] = set()
+    levels: dict[fx.Node, int] = {}
+    found, notes = [], []
+    for node in analysis.graph_module.graph.nodes:
+        new = rewriter.images.get(node)
+        if node.op != "call_function" or analysis.is_constant(node) or new not in present:
+            continue
+        assert new is not None
+        axes = (
+            range(len(node.meta["val"].shape)) if isinstance(node.meta["val"], torch.Tensor) else ()
+        )
+        narrower = any(rewriter.size(node, a) != analysis.shape(node)[a] for a in axes)
+        before = any(source in changed for source in node.all_input_nodes)
+        if narrower or before:
+            changed.add(node)
+        level = max((levels.get(source, 0) for source in node.all_input_nodes), default=0)
+        levels[node] = level
+        if not before:
+            continue  # it reads what the original's reads
+        rule = None if node in analysis.opaque else find_rule(node)
+        regression = None if rule is None else rule.regression(analysis, node)
+        if regression is None:
+            if rule is not None and any(rule.produces(analysis, node)):
+                notes.append(f"{module_path(node)} is not fitted: {node.target}")
+            continue
+        if new.target is not node.target:
+            notes.append(f"{module_path(node)} is not fitted: merging made it another op")
+            continue
+        shared = [p for p in (regression.weight, regression.bias) if p is not None]
+        if any(p.op != "get_attr" or len(p.users) > 1 for p in shared):
+            notes.append(
+                f"{module_path(node)} is not fitted: its parameters are shared or computed"
+            )
+            continue
+        levels[node] = level + 1
+        rows = rewriter.rows(node, regression.axis)
+        readers = list(new.users)
+        norm = readers[0] if len(readers) == 1 and readers[0].target in BATCH_NORM else None
+        found.append(Fit(node, new, regression, rows, level, norm))
+    return found, notes
+
+
+def compensate(
+    rewriter: Rewriter,
+    small: fx.GraphModule,
+    batches: Batches,
+    *,
+    ridge: float,
+    step: Step = lambda name: None,
+) -> list[str]:
+    """Fit every layer that reads merged nodes; ``small`` is changed in place.
+
+    Args:
+        rewriter: the one that made ``small``.
+        small: the rewritten graph.
+        batches: flat inputs of both graphs, batch by batch.
+        ridge: weight of the data-free columns, as a part of the mean second moment of the inputs.
+        step: called with the name of every layer that was fitted.
+
+    Returns:
+        Notes on layers that were left as they are.
+    """
+    found, notes = fits_of(rewriter, small)
+    original = rewriter.analysis.graph_module
+    examples = sum(_examples(batch) for batch in batches)
+    with torch.no_grad():
+        for level in sorted({fit.level for fit in found}):
+            now = [fit for fit in found if fit.level == level]
+            inputs = {fit.node: _operand(fit) for fit in now}
+            theirs = Tap(original, [fit.node for fit in now])
+            ours = Tap(small, inputs.values())
+            for batch in batches:
+                expected, given = theirs.run_on(batch), ours.run_on(batch)
+                for fit in now:
+                    _observe(fit, given[inputs[fit.node]], expected[fit.node], examples)
+            for fit in now:
+                _solve(fit, small, ridge)
+                fit.moments = Moments()
+                step(module_path(fit.node))
+    return notes
+
+
+def _examples(batch: Sequence[Any]) -> int:
+    return next((len(t) for t in batch if isinstance(t, torch.Tensor) and t.ndim), 1)
+
+
+def _operand(fit: Fit) -> fx.Node:
+    """What the merged layer reads."""
+    place = list(fit.node.all_input_nodes).index(fit.regression.source)
+    return list(fit.new.all_input_nodes)[place]
+
+
+def _observe(fit: Fit, given: torch.Tensor, expected: torch.Tensor, examples: int) -> None:
+    regression = fit.regression
+    small = fit.new.graph.owning_module
+    assert small is not None
+    width = regression.matrix(_get(small, _parameter(fit, regression.weight))).shape[1]
+    most = max(1, -(-max(FEWEST_ROWS, ROWS_PER_COLUMN * width) // examples))
+    positions = positions_of(tuple(expected.shape), regression.axis, most, fit.moments.count)
+    design = regression.design(given, positions)
+    response = fit.rows.apply(regression.response(expected, positions), 1)
+    fit.moments.add(design.float(), response.float())
+
+
+def _parameter(fit: Fit, old: fx.Node) -> str:
+    """The name of the merged parameter in place of an original one."""
+    place = list(fit.node.all_input_nodes).index(old)
+    return str(list(fit.new.all_input_nodes)[place].target)
+
+
+def _solve(fit: Fit, small: fx.GraphModule, ridge: float) -> None:
+    regression, moments = fit.regression, fit.moments
+    name = _parameter(fit, regression.weight)
+    old = _get(small, name)
+    start = regression.matrix(old).double()
+    count = moments.count
+    mean_a, mean_z = moments.a / count, moments.z / count
+    bias_name = _bias_of(fit)
+    # Batch norm takes up a shift, as a bias does; without either there is none.
+    centred = bias_name is not None or fit.norm is not None
+    shift_a, shift_z = (mean_a, mean_z) if centred else (0 * mean_a, 0 * mean_z)
+    second = moments.aa / count
+    gram = second - torch.outer(shift_a, shift_a)
+    cross = moments.az / count - torch.outer(shift_a, shift_z)
+    weight = ridge * second.diagonal().mean().clamp(min=1e-30)
+    damped = gram + weight * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    solved = torch.linalg.solve(damped, cross + weight * start.t()).t()
+    _set(small, name, regression.tensor(solved, old))
+    if bias_name is not None:
+        bias = _get(small, bias_name)
+        _set(small, bias_name, mean_z - solved @ mean_a)
+        assert bias.shape == mean_z.shape
+    if fit.norm is not None:
+        offset = 0.0 if bias_name is None else _get(small, bias_name).double()
+        mean = solved @ mean_a + offset
+        variance = torch.einsum("oi,ij,oj->o", solved, gram, solved)
+        before = moments.zz / count - mean_z**2
+        _renormalise(fit.norm, small, mean - mean_z, variance, before)
+
+
+def _renormalise(
+    norm: fx.Node,
+    small: fx.GraphModule,
+    shift: torch.Tensor,
+    variance: torch.Tensor,
+    before: torch.Tensor,
+) -> None:
+    """Statistics of batch norm, changed as its inputs were: robust to inputs of another kind."""
+    names = [str(n.target) for n in norm.args[3:5] if isinstance(n, fx.Node)]
+    if len(names) != 2 or any(len(n.users) > 1 for n in norm.args[3:5]):  # type: ignore[union-attr]
+        return
+    mean, var = (_get(small, name) for name in names)
+    factor = (variance / before.clamp(min=1e-30)).clamp(0.01, 100.0)
+    _set(small, names[0], mean.double() + shift)
+    _set(small, names[1], var.double() * torch.where(before > 1e-12, factor, 1.0))
+
+
+def _bias_of(fit: Fit) -> str | None:
+    """The name of the merged layer's own bias."""
+    target = fit.new.target
+    names = [a.name for a in target._schema.arguments]  # type: ignore[union-attr]
+    place = (
+        names.index("self" if "addmm" in str(target) else "bias")
+        if ("bias" in names or "addmm" in str(target))
+        else None
+    )
+    if place is None:
+        return None
+    node = fit.new.args[place] if place < len(fit.new.args) else fit.new.kwargs.get("bias")
+    return str(node.target) if isinstance(node, fx.Node) else None
+
+
+def _get(module: nn.Module, name: str) -> torch.Tensor:
+    result: Any = module
+    for part in name.split("."):
+        result = getattr(result, part)
+    return result.detach()
+
+
+def _set(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    """A new tensor in place of an old one, whose memory may be the original model's."""
+    owner: Any = module
+    *path, leaf = name.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    old = getattr(owner, leaf)
+    fresh = value.to(old.dtype).reshape(old.shape).contiguous()
+    if isinstance(old, nn.Parameter):
+        fresh = nn.Parameter(fresh, requires_grad=old.requires_grad)
+    setattr(owner, leaf, fresh)

@@ -1,0 +1,105 @@
+"""What merging costs, group by group, before anything is merged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from torch import fx
+
+from fxfib.coloring import Factor, Floats
+from fxfib.passes.criteria import CalibratedPolicy, EnergyPolicy, layers_behind, owners
+from fxfib.passes.forward import Analysis
+from fxfib.signature import Form, color_form
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The nodes of one value, and what is lost when fewer are left.
+
+    Attributes:
+        node: the value that was colored.
+        axis: the axis of its nodes.
+        layers: module paths of the layers behind it; they share one eps.
+        size: number of nodes.
+        lost: float64 ``[at most size - 1]``, not decreasing: the share of its readers' variance
+            that is lost when 1, 2, ... nodes have gone, measured on inputs.  Without data the
+            linkage of rows says which nodes are alike, and little of how many a layer needs: noise
+            sent through the network tells that better.
+    """
+
+    node: fx.Node
+    axis: int
+    layers: tuple[str, ...]
+    size: int
+    lost: Floats
+
+
+class Recorder(EnergyPolicy):
+    """Colors exactly, and notes what approximate colors would cost."""
+
+    def __init__(self, guide: CalibratedPolicy) -> None:
+        super().__init__(0.0, guide.outlook)
+        self.guide = guide
+        self.curves: dict[fx.Node, Curve] = {}
+
+    def factor(self, analysis: Analysis, node: fx.Node, form: Form, size: int) -> Factor:
+        exact = color_form(form, size, 0.0, "fibration", analysis.roundoff)
+        live = ~exact.constant
+        if node not in self.guide.activations or live.sum() < 2:
+            return exact
+        order, lost = self.guide.order(node)
+        lost = lost[live[order]]
+        layers = {path for layer in layers_behind(node) for path in owners(layer)}
+        if len(lost) > 1 and layers:
+            names = tuple(sorted(layers))
+            self.curves[node] = Curve(node, form.axis, names, size, lost[:-1])
+        return exact
+
+
+class CountPolicy(EnergyPolicy):
+    """Lets given numbers of nodes go, and notes the eps that does just that.
+
+    What a merge costs depends on what was merged before, so it is known only layer by layer.
+
+    Attributes:
+        found: eps of every layer, the least of the values that it is behind.
+    """
+
+    def __init__(self, policy: EnergyPolicy, gone: Mapping[fx.Node, int]) -> None:
+        super().__init__(0.0, policy.outlook)
+        self.policy = policy
+        self.gone = gone
+        self.found: dict[str, float] = {}
+
+    def factor(self, analysis: Analysis, node: fx.Node, form: Form, size: int) -> Factor:
+        exact = color_form(form, size, 0.0, "fibration", analysis.roundoff)
+        live = ~exact.constant
+        gone = min(self.gone.get(node, 0), int(live.sum()) - 1)
+        if gone <= 0:
+            eps = 0.0
+        elif isinstance(self.policy, CalibratedPolicy):
+            order, lost = self.policy.order(node)
+            eps = between(lost[live[order]], gone)
+        else:
+            tree = self.policy.tree(node, form, size, live)[0]
+            eps = between(np.append(tree.lost, 1.0), gone)
+        for layer in layers_behind(node):
+            for path in owners(layer):
+                self.found[path] = min(self.found.get(path, np.inf), eps)
+        return self.policy.at(eps).factor(analysis, node, form, size) if eps else exact
+
+
+def between(lost: Floats, gone: int) -> float:
+    """An eps that lets exactly so many nodes go, away from both ends where there is room."""
+    here = float(lost[gone - 1])
+    after = float(lost[gone]) if gone < len(lost) else here * 1.01
+    return min(here + (after - here) / 2, 1.0)
+
+
+def curves_of(graph_module: fx.GraphModule, guide: CalibratedPolicy) -> list[Curve]:
+    """One curve for every value whose nodes could merge, in order of the graph."""
+    recorder = Recorder(guide)
+    Analysis(graph_module, policy=recorder).run()
+    return list(recorder.curves.values())

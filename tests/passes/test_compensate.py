@@ -1,0 +1,217 @@
+"""Compensation: the least squares are those of the equations; the user's model stays as it is."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fxfib
+from fxfib.errors import InputError
+from fxfib.passes.compensate import RIDGE
+from fxfib.passes.regression import convolution_regression, positions_of
+
+
+def perceptron(activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
+    torch.manual_seed(5)
+    return nn.Sequential(
+        nn.Linear(7, 23), activation(), nn.Linear(23, 19), activation(), nn.Linear(19, 3)
+    ).eval()
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(7)
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(12, 10, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(40, 5),
+    )  # fmt: skip
+    with torch.no_grad():
+        for buffer in (model[1].running_mean, model[1].running_var):
+            buffer.copy_(torch.rand(12) + 0.5)
+    return model.eval()
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_the_reader_solves_the_regularised_least_squares(calibrated: bool) -> None:
+    """One hidden layer: what is fitted is the solution of the normal equations, in float64."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 23), nn.ReLU(), nn.Linear(23, 3)).eval()
+    inputs = torch.randn(300, 7) + 0.3
+    calibration = inputs if calibrated else None
+    given = (
+        {"criterion": "energy", "calibration": inputs} if calibrated else {"criterion": "energy"}
+    )
+    eps = 0.1 if calibrated else 0.4
+    plain = fxfib.compile(model, eps, (inputs,), compensate=False, **given)
+    small = fxfib.compile(model, eps, (inputs,), **given)
+    hidden, before, after = (
+        small.get_submodule("0"),
+        plain.get_submodule("2"),
+        small.get_submodule("2"),
+    )
+    assert hidden.weight.shape[0] < 23
+    assert torch.equal(hidden.weight, plain.get_submodule("0").weight)
+    if calibration is None:
+        drawn = torch.Generator().manual_seed(0)
+        calibration = torch.cat([torch.randn((256, 7), generator=drawn) for _ in range(16)])
+    with torch.no_grad():
+        a = hidden(calibration).relu().double()
+        z = model(calibration).double()
+    weight = RIDGE * a.square().mean()
+    centred = a - a.mean(0)
+    gram = centred.t() @ centred / len(a) + weight * torch.eye(a.shape[1])
+    cross = centred.t() @ (z - z.mean(0)) / len(a) + weight * before.weight.detach().double().t()
+    solution = torch.linalg.solve(gram, cross).t()
+    torch.testing.assert_close(after.weight.double(), solution, rtol=1e-3, atol=1e-4)
+    bias = z.mean(0) - solution @ a.mean(0)
+    torch.testing.assert_close(after.bias.double(), bias, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dims", [1, 2])
+@pytest.mark.parametrize(("stride", "padding", "dilation"), [(1, 0, 1), (2, 1, 1), (1, 2, 2)])
+def test_a_convolution_is_its_regression(
+    dims: int, stride: int, padding: int, dilation: int
+) -> None:
+    torch.manual_seed(1)
+    kind = (nn.Conv1d, nn.Conv2d)[dims - 1]
+    kernel = (3, 2)[:dims]
+    layer = kind(5, 7, kernel, stride=stride, padding=padding, dilation=dilation)
+    x = torch.randn(3, 5, *(11, 9)[:dims])
+    y = layer(x)
+    found = convolution_regression(
+        None, None, None, kernel, (stride,) * dims, (padding,) * dims, (dilation,) * dims
+    )
+    positions = positions_of(tuple(y.shape), 1, 10, seed=3)
+    assert len(positions) == min(10, y[0, 0].numel())
+    rows = found.design(x, positions) @ found.matrix(layer.weight).t() + layer.bias
+    torch.testing.assert_close(rows, found.response(y, positions))
+    assert torch.equal(found.tensor(found.matrix(layer.weight), layer.weight), layer.weight)
+
+
+def gap(model: nn.Module, small: nn.Module, inputs: torch.Tensor) -> float:
+    with torch.no_grad():
+        return float((model(inputs) - small(inputs)).square().mean())
+
+
+@pytest.mark.parametrize("criterion", ["fibration", "cosine", "energy"])
+def test_compensation_comes_nearer_on_inputs_it_has_not_seen(criterion: str) -> None:
+    model = network()
+    inputs = torch.randn(600, 3, 8, 8)
+    eps = {"fibration": 0.35, "cosine": 0.9, "energy": 0.3}[criterion]
+    calibration = inputs[:500] if criterion != "energy" else None
+    small, plain = (
+        fxfib.compile(
+            model, eps, (inputs[:2],), criterion=criterion, calibration=calibration, compensate=on
+        )
+        for on in (True, False)
+    )
+    assert small.fibration.parameters_after == plain.fibration.parameters_after
+    assert small.fibration.parameters_after < small.fibration.parameters_before
+    assert gap(model, small, inputs[500:]) < 0.8 * gap(model, plain, inputs[500:])
+
+
+def test_the_statistics_of_batch_norm_follow() -> None:
+    """Behind a fitted layer its output has the variance that the norm says it has."""
+    model = network()
+    inputs = torch.randn(500, 3, 8, 8)
+    wide = nn.Sequential(
+        nn.Conv2d(3, 17, 3, padding=1), nn.ReLU(), nn.Conv2d(17, 3, 1), *model
+    ).eval()
+    with torch.no_grad():
+        value = wide[:4](inputs)
+        wide[4].running_mean.copy_(value.mean((0, 2, 3)))
+        wide[4].running_var.copy_(value.var((0, 2, 3)))
+    small = fxfib.compile(
+        wide, {"0": 0.4}, (inputs[:2],), criterion="energy", calibration=inputs, refine=0
+    )
+    assert small.get_submodule("0").weight.shape[0] < 17
+    found = {}
+    small.get_submodule("4").register_forward_hook(lambda m, i, o: found.update(x=i[0]))
+    with torch.no_grad():
+        small(inputs)
+    norm = small.get_submodule("4")
+    torch.testing.assert_close(norm.running_mean, found["x"].mean((0, 2, 3)), rtol=0.1, atol=0.02)
+    torch.testing.assert_close(norm.running_var, found["x"].var((0, 2, 3)), rtol=0.1, atol=0.02)
+
+
+@pytest.mark.parametrize("refine", [0, 2])
+def test_the_original_stays_as_it_is(refine: int) -> None:
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    inputs = torch.randn(40, 3, 8, 8)
+    small = fxfib.compile(
+        model, {"4": 0.5}, (inputs[:2],), criterion="energy", calibration=inputs, refine=refine
+    )
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    # And the result is its own.
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.add_(1.0)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_refining_comes_nearer() -> None:
+    model, inputs = perceptron(), torch.randn(800, 7)
+    eps = {"0": 0.1, "2": 0.1}
+    given = {"criterion": "energy", "calibration": inputs[:400]}
+    fitted = fxfib.compile(model, eps, (inputs[:2],), **given)
+    refined = fxfib.compile(model, eps, (inputs[:2],), **given, refine=60)
+    assert gap(model, refined, inputs[400:]) < 0.8 * gap(model, fitted, inputs[400:])
+
+
+def test_twice_the_same() -> None:
+    model, inputs = network(), torch.randn(40, 3, 8, 8)
+    for given in ({}, {"calibration": inputs, "refine": 1}):
+        first, second = (
+            fxfib.compile(model, 0.3, (inputs[:2],), criterion="energy", **given) for _ in range(2)
+        )
+        assert all(
+            torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)
+        )
+
+
+def test_all_ways_to_give_calibration() -> None:
+    model, inputs = perceptron(), torch.randn(90, 7)
+    labels = torch.zeros(90, dtype=torch.int64)
+    ways = [
+        inputs,
+        [inputs[:50], inputs[50:]],
+        [(inputs,)],
+        DataLoader(TensorDataset(inputs, labels), batch_size=32),
+        (batch for batch in inputs.split(40)),
+    ]
+    found = [
+        fxfib.compile(model, 0.2, (inputs[:2],), criterion="energy", calibration=way)(inputs)
+        for way in ways
+    ]
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        (3, "calibration must be a tensor or an iterable"),
+        ([], "calibration holds no inputs"),
+        (torch.randn(4, 8), "calibration gives a tensor of"),
+        (torch.randn(4, 7).double(), "calibration gives a tensor of"),
+        (torch.full((4, 7), float("nan")), "calibration holds NaN"),
+    ],
+)
+def test_wrong_calibration_is_refused(calibration: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        fxfib.compile(
+            perceptron(), 0.2, (torch.randn(2, 7),), criterion="energy", calibration=calibration
+        )
+
+
+def test_what_is_not_fitted_is_in_the_notes() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv1d(3, 14, 3), nn.ReLU(), nn.Conv1d(14, 8, 3, groups=2), nn.ReLU(), nn.Flatten(),
+        nn.Linear(48, 5),
+    ).eval()  # fmt: skip
+    small = fxfib.compile(model, 0.4, (torch.randn(4, 3, 10),), criterion="energy")
+    assert small.fibration.parameters_after < small.fibration.parameters_before
+    assert any(note.startswith("2 is not fitted") for note in small.fibration.notes)

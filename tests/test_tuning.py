@@ -1,0 +1,157 @@
+"""tune: targets are met, or it is said why not; what is promised is what is measured."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fxfib
+from fxfib.errors import InputError
+from fxfib.evaluation import Evaluator
+
+
+def trained() -> tuple[nn.Sequential, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(400, 6)
+    y = (x[:, 0] * x[:, 1] > 0).long() + (x[:, 2] > 0.5).long()
+    model = nn.Sequential(
+        nn.Linear(6, 30), nn.ReLU(), nn.Linear(30, 26), nn.ReLU(), nn.Linear(26, 3)
+    )
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return model.eval(), x, y
+
+
+MODEL, X, Y = trained()
+DATA = [(X[:250], Y[:250]), (X[250:], Y[250:])]
+INPUTS = (X[:3],)
+LOSS = nn.functional.cross_entropy
+
+
+def loss(model: nn.Module) -> float:
+    with torch.no_grad():
+        return float(LOSS(model(X), Y))
+
+
+@pytest.mark.parametrize(
+    ("share", "kind", "calibrated"),
+    [(0.7, "params", True), (0.4, "macs", False), (0.15, "params", False), (0.15, "macs", True)],
+)
+def test_a_size_is_met_and_used(share: float, kind: str, calibrated: bool) -> None:
+    calibration = X if calibrated else None
+    small = fxfib.tune(MODEL, example_inputs=INPUTS, calibration=calibration, **{kind: share})
+    report = small.fibration
+    before, after = (
+        (report.parameters_before, report.parameters_after)
+        if kind == "params"
+        else (report.macs_before, report.macs_after)
+    )
+    assert share - 0.08 < after / before <= share
+    torch.testing.assert_close(small(X).shape, MODEL(X).shape)
+
+
+def test_counts_are_targets_too() -> None:
+    small = fxfib.tune(MODEL, example_inputs=INPUTS, params=500)
+    assert 400 < small.fibration.parameters_after <= 500
+
+
+def test_a_loss_is_kept_and_the_promise_is_true() -> None:
+    original = loss(MODEL)
+    small = fxfib.tune(
+        MODEL, DATA, LOSS, example_inputs=INPUTS, max_loss_increase=0.05, calibration=X
+    )
+    (chosen,) = [p for p in small.fibration.frontier if p.chosen]
+    assert chosen.loss == pytest.approx(loss(small), rel=1e-5)
+    assert chosen.loss <= original + 0.05
+    assert chosen.parameters == small.fibration.parameters_after
+    assert small.fibration.parameters_after < 0.7 * small.fibration.parameters_before
+    tighter = fxfib.tune(
+        MODEL, DATA, LOSS, example_inputs=INPUTS, max_loss_increase=0.005, calibration=X
+    )
+    assert tighter.fibration.parameters_after > small.fibration.parameters_after
+
+
+def test_any_point_of_the_frontier_can_be_made() -> None:
+    small = fxfib.tune(MODEL, example_inputs=INPUTS, params=0.4)
+    frontier = small.fibration.frontier
+    assert len(frontier) > 8 and sum(p.chosen for p in frontier) == 1
+    assert [p.parameters for p in frontier] == sorted(p.parameters for p in frontier)[::-1]
+    for point in [p for p in frontier if p.made][:4]:
+        again = fxfib.compile(MODEL, point.eps, INPUTS, criterion="energy")
+        assert again.fibration.parameters_after == point.parameters
+    assert type(small.fibration).from_dict(json.loads(small.fibration.to_json())) == small.fibration
+
+
+def test_without_a_loss_function_outputs_are_compared() -> None:
+    small = fxfib.tune(MODEL, X, example_inputs=INPUTS, max_loss_increase=0.02, calibration=X)
+    with torch.no_grad():
+        gap = (small(X) - MODEL(X)).double().square().mean() / MODEL(X).double().var(correction=0)
+    (chosen,) = [p for p in small.fibration.frontier if p.chosen]
+    assert chosen.loss == pytest.approx(float(gap), rel=1e-4)
+    assert chosen.loss <= 0.02
+
+
+@pytest.mark.parametrize("criterion", ["fibration", "cosine"])
+def test_the_published_bisection(criterion: str) -> None:
+    small = fxfib.tune(
+        MODEL, DATA, LOSS, example_inputs=INPUTS, max_loss_increase=0.05, criterion=criterion,
+        strategy="bisection",
+    )  # fmt: skip
+    assert loss(small) <= loss(MODEL) + 0.05 + 1e-6
+    assert small.fibration.parameters_after < small.fibration.parameters_before
+
+
+def test_it_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[float] = []
+    measure = Evaluator.loss
+
+    def interrupted(self: Evaluator, graph_module: torch.fx.GraphModule) -> float:
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(measure(self, graph_module))
+        return calls[-1]
+
+    target = {"example_inputs": INPUTS, "max_loss_increase": 0.05, "resume": tmp_path / "search"}
+    monkeypatch.setattr(Evaluator, "loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fxfib.tune(MODEL, DATA, LOSS, **target)
+    kept = json.loads((tmp_path / "search").read_text())["points"]
+    assert len(kept) == 2
+    calls.clear()
+    monkeypatch.setattr(Evaluator, "loss", lambda s, g: calls.append(0) or measure(s, g))
+    small = fxfib.tune(MODEL, DATA, LOSS, **target)
+    resumed = len(calls)
+    calls.clear()
+    fresh = fxfib.tune(MODEL, DATA, LOSS, **{**target, "resume": None})
+    assert resumed == len(calls) - 2
+    assert small.fibration.parameters_after == fresh.fibration.parameters_after
+    # A search of another kind takes nothing from the file.
+    calls.clear()
+    fxfib.tune(MODEL, DATA, LOSS, **target, compensate=False)
+    assert len(calls) > 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "tune needs one of"),
+        ({"params": 0.5, "macs": 0.5}, "tune needs one of"),
+        ({"latency": 1.0}, "latency is not available"),
+        ({"params": -1}, "params must be positive"),
+        ({"params": 5}, "params=5 cannot be met: the smallest network"),
+        ({"max_loss_increase": 0.1}, "a loss is measured on data"),
+        ({"params": 0.5, "criterion": "cosine"}, "the loss of 'cosine' is not predicted"),
+        ({"params": 0.5, "strategy": "bisection"}, "needs max_loss_increase"),
+        ({"params": 0.5, "strategy": "best"}, "unknown strategy"),
+        ({"max_loss_increase": 0.1, "data": iter([])}, "data must be read again"),
+        ({"max_loss_increase": 0.1, "data": []}, "data holds no batches"),
+    ],
+)
+def test_what_cannot_be_is_refused(options: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        fxfib.tune(MODEL, options.pop("data", None), example_inputs=INPUTS, **options)
