@@ -117,6 +117,12 @@ def spectrum(model: nn.Module) -> Inputs:
     }
 
 
+def masked_image(model: nn.Module) -> Inputs:
+    """The noise that decides which patches are hidden is an input, too."""
+    inputs, named = image(model)
+    return inputs, named | {"noise": torch.rand(2, (32 // 8) ** 2)}
+
+
 def image_and_text(model: nn.Module) -> Inputs:
     return (), {"input_ids": tokens(), "pixel_values": torch.randn(2, 3, 32, 32)}
 
@@ -136,6 +142,7 @@ HUGGING_FACE: dict[str, tuple[str, Callable[[nn.Module], Inputs], dict[str, Any]
     "mpnet": ("AutoModel", text, {}),
     "roberta": ("AutoModelForSequenceClassification", text, {}),
     "squeezebert": ("AutoModel", text, {"embedding_size": 48}),
+    "xlnet": ("AutoModel", text, {"d_inner": 80, "n_head": 4, "n_layer": 2}),
     "xlm-roberta": ("AutoModel", text, {}),
     "bloom": ("AutoModelForCausalLM", text, {}),
     "cohere": ("AutoModelForCausalLM", text, {}),
@@ -144,6 +151,7 @@ HUGGING_FACE: dict[str, tuple[str, Callable[[nn.Module], Inputs], dict[str, Any]
     "gemma2": ("AutoModelForCausalLM", text, {}),
     "gemma3_text": ("AutoModelForCausalLM", text, {}),
     "gpt2": ("AutoModelForCausalLM", text, {}),
+    "gpt_bigcode": ("AutoModelForCausalLM", text, {"multi_query": True}),
     "gpt_neo": ("AutoModelForCausalLM", text, {"attention_types": [[["global", "local"], 1]]}),
     "gpt_neox": ("AutoModelForCausalLM", text, {}),
     "gptj": ("AutoModelForCausalLM", text, {"rotary_dim": 4}),
@@ -159,6 +167,11 @@ HUGGING_FACE: dict[str, tuple[str, Callable[[nn.Module], Inputs], dict[str, Any]
     "phi": ("AutoModelForCausalLM", text, {}),
     "phi3": ("AutoModelForCausalLM", text, {}),
     "qwen2": ("AutoModelForCausalLM", text, {}),
+    "qwen2_moe": (
+        "AutoModelForCausalLM",
+        text,
+        {"moe_intermediate_size": 40, "shared_expert_intermediate_size": 56},
+    ),
     "qwen3": ("AutoModelForCausalLM", text, {}),
     "smollm3": ("AutoModelForCausalLM", text, {}),
     "starcoder2": ("AutoModelForCausalLM", text, {}),
@@ -180,6 +193,20 @@ HUGGING_FACE: dict[str, tuple[str, Callable[[nn.Module], Inputs], dict[str, Any]
     "dinov2": ("AutoModel", image, {}),
     "mobilenet_v2": ("AutoModel", picture, {}),
     "resnet": ("AutoModelForImageClassification", picture, {}),
+    "detr": (
+        "AutoModel",
+        picture,
+        {"use_timm_backbone": False, "use_pretrained_backbone": False, "num_queries": 7,
+         "backbone": None, "backbone_config": {
+             "model_type": "resnet", "out_features": ["stage4"], "embedding_size": 16,
+             "hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 1, 1]}},
+    ),
+    "levit": (
+        "AutoModel",
+        image,
+        {"image_size": 64, "patch_size": 16, "hidden_sizes": [32, 48, 64],
+         "num_attention_heads": [2, 3, 4], "depths": [1, 1, 1], "key_dim": [8, 8, 8]},
+    ),
     "segformer": (
         "AutoModelForSemanticSegmentation", picture, {"num_attention_heads": [1, 2, 5, 8]}
     ),
@@ -190,8 +217,14 @@ HUGGING_FACE: dict[str, tuple[str, Callable[[nn.Module], Inputs], dict[str, Any]
         {"patch_size": 2, "window_size": 4, "embed_dim": 24, "depths": [2, 2],
          "num_heads": [2, 4], "num_attention_heads": [2, 4], "num_hidden_layers": 2},
     ),
+    "swinv2": (
+        "AutoModel",
+        image,
+        {"patch_size": 2, "window_size": 4, "embed_dim": 24, "depths": [2, 2],
+         "num_heads": [2, 4], "num_attention_heads": [2, 4], "num_hidden_layers": 2},
+    ),
     "vit": ("AutoModelForImageClassification", image, {}),
-    "vit_mae": ("AutoModel", image, {}),
+    "vit_mae": ("AutoModel", masked_image, {}),
     "clip": ("AutoModel", image_and_text, {}),
 }  # fmt: skip
 
@@ -266,7 +299,11 @@ def _hugging_face(name: str) -> tuple[nn.Module, Inputs]:
         settings = {k: v for k, v in settings.items() if k in known or k in mapped}
         config = transformers.AutoConfig.for_model(name, **settings)
     model = getattr(transformers, head).from_config(config).eval()
-    return model, inputs(model)
+    made = inputs(model)
+    with torch.no_grad():
+        # Some install hooks at their first call, and install them twice if that is a trace.
+        model(*made[0], **made[1])
+    return model, made
 
 
 def randomize(model: nn.Module, inputs: Inputs) -> None:

@@ -224,7 +224,7 @@ class Copies:
                 self.order[root] = np.repeat(np.arange(len(times)), times)
             return self.order[root]
 
-        for move in self.moves:
+        for move in self._in_order():
             derived = self._moved(move, order_of)
             refs = [*move.out, *(r for source in move.sources for r in source)]
             if derived is None:
@@ -246,6 +246,46 @@ class Copies:
             order_of(ref)
         return None
 
+    def _in_order(self) -> list[Move]:
+        """The moves, those that decide an axis before those that build on it."""
+
+        def decided(move: Move) -> Ref:
+            return self.find(move.out[0] if len(move.out) == 1 else move.sources[0][0])
+
+        usable = [m for m in self.moves if m.out and m.sources and m.sources[0]]
+        deciding: dict[Ref, int] = {}
+        for move in usable:
+            deciding[decided(move)] = deciding.get(decided(move), 0) + 1
+        waiting: dict[Ref, list[int]] = {}  # for an axis, the moves that build on it
+        missing: list[int] = []
+        for number, move in enumerate(usable):
+            refs = {self.find(r) for side in (move.out, *move.sources) for r in side}
+            needed = {ref for ref in refs if ref != decided(move) and deciding.get(ref)}
+            missing.append(len(needed))
+            for ref in needed:
+                waiting.setdefault(ref, []).append(number)
+        done = [False] * len(usable)
+        ready = [number for number, count in enumerate(missing) if not count][::-1]
+        result: list[Move] = []
+        earliest = 0
+        while len(result) < len(usable):
+            while earliest < len(usable) and done[earliest]:
+                earliest += 1
+            # Where axes decide each other in a circle, the first op of the graph begins.
+            number = ready.pop() if ready else earliest
+            if done[number]:
+                continue
+            done[number] = True
+            result.append(usable[number])
+            target = decided(usable[number])
+            deciding[target] -= 1
+            if deciding[target] == 0:
+                for other in waiting.get(target, ()):
+                    missing[other] -= 1
+                    if missing[other] == 0:
+                        ready.append(other)
+        return [*result, *(m for m in self.moves if not (m.out and m.sources and m.sources[0]))]
+
     def _moved(self, move: Move, order_of: Any) -> Labels | None:
         """The order of an axis that those of the other side imply; None: not a case.
 
@@ -254,7 +294,11 @@ class Copies:
         index = move.index
         if len(move.out) != 1:
             single = len(move.sources) == 1 and len(move.sources[0]) == 1
-            if not single or not np.array_equal(index.reshape(-1), np.arange(index.size)):
+            if (
+                not move.out
+                or not single
+                or not np.array_equal(index.reshape(-1), np.arange(index.size))
+            ):
                 return None
             if self.length(move.sources[0][0]) != index.size:
                 return None

@@ -18,6 +18,7 @@ from torch import fx
 from fxfib.coloring import Factor, Floats, Labels, Value
 from fxfib.graph_tools import is_idle_dropout
 from fxfib.passes.criteria import Policy
+from fxfib.passes.equal_heads import equal_heads
 from fxfib.passes.expansion import Edge
 from fxfib.passes.heads import Heads, find_heads
 from fxfib.passes.relations import Full, Ref, Relation
@@ -108,6 +109,8 @@ class Analysis:
         self.inner_sizes: dict[Ref, int] = {}  # of axes that exist only inside an op
         self.by_node: dict[fx.Node, list[Relation]] = {}
         self.heads = Heads()
+        # Products with equal heads: those merge whole, and the others share one partition.
+        self.whole: set[fx.Node] = set()
         # Where movement ops took the elements, or why nobody can say.
         self.traces: dict[Any, list[Block] | Barrier] = {}
         self._current: fx.Node | None = None
@@ -285,7 +288,21 @@ class Analysis:
         self.heads = find_heads(self)
 
     def run(self) -> Analysis:
-        """Visit every node once."""
+        """Visit every node once; once more, where heads turn out to be equal."""
+        self._walk()
+        if self.merging and (equal := equal_heads(self)):
+            self._forget()
+            self.whole = equal
+            self._walk()
+        return self
+
+    def _forget(self) -> None:
+        """Back to the start, but for what is known of the graph alone."""
+        self.values, self.by_node, self.gains, self.inner_sizes = {}, {}, {}, {}
+        self.relations, self.refusals, self.edges, self._alone = [], [], [], {}
+        self.opaque, self.heads = set(), Heads()
+
+    def _walk(self) -> None:
         self.find()
         remaining = {node: len(node.users) for node in self.graph_module.graph.nodes}
         for node in self.graph_module.graph.nodes:
@@ -296,7 +313,6 @@ class Analysis:
                     if any(self._reads_shared(user) for user in source.users):
                         self.color(source)  # the plan asks for the colors of all such inputs
                     self.release(source)
-        return self
 
     def _reads_shared(self, node: fx.Node) -> bool:
         """Whether a node reads a parameter that another node reads too."""

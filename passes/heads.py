@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import fx
 
-from fxfib.coloring import Factor, Labels
+from fxfib.coloring import Factor, Floats, Labels
 from fxfib.passes.heads_trace import (
-    FUSED,
     Contraction,
     Passage,
     Role,
@@ -35,6 +34,21 @@ if TYPE_CHECKING:
     from fxfib.passes.forward import Analysis
 
 
+@dataclass(frozen=True, eq=False)
+class SummedRows:
+    """Nodes of an axis that their readers sum.
+
+    Attributes:
+        chosen: which nodes.
+        scales: the factor by which each reaches the sum.
+        places: which term of the sum each is; merged nodes of one place are equal heads' channels.
+    """
+
+    chosen: Mask
+    scales: Floats
+    places: Labels
+
+
 @dataclass
 class Heads:
     """All heads of a graph that have axes of their own.
@@ -48,7 +62,9 @@ class Heads:
         carriers: what lies between them and the ops, or behind the ops.
         flats: where the heads of a passage lie end to end again.
         colors: of the roots, once they are known; without their biases in ``unshifted``.
-        summed: for a root, which outputs are summed where those they meet are merged.
+        summed: for an axis of a layer's outputs, which of them are summed where those they meet
+            are merged.
+        read: for an op, which positions of an operand's axis it reads.
     """
 
     contractions: dict[fx.Node, Contraction] = field(default_factory=dict)
@@ -61,11 +77,23 @@ class Heads:
     flats: dict[fx.Node, Passage] = field(default_factory=dict)
     colors: dict[fx.Node, Factor] = field(default_factory=dict)
     unshifted: dict[fx.Node, Factor] = field(default_factory=dict)
-    summed: dict[fx.Node, Mask] = field(default_factory=dict)
+    summed: dict[Ref, SummedRows] = field(default_factory=dict)
+    read: dict[fx.Node, list[tuple[Ref, Mask]]] = field(default_factory=dict)
 
     @property
     def roles(self) -> list[Role]:
         return [*self.contractions.values(), *self.passages.values()]
+
+    def sum_rows(self, ref: Ref, rows: SummedRows) -> None:
+        """Some outputs of a layer are summed, not averaged, where they merge."""
+        old = self.summed.get(ref)
+        if old is not None:
+            rows = SummedRows(
+                old.chosen | rows.chosen,
+                np.where(rows.chosen, rows.scales, old.scales),
+                np.where(rows.chosen, rows.places, old.places),
+            )
+        self.summed[ref] = rows
 
 
 def find_heads(analysis: Analysis) -> Heads:
@@ -73,7 +101,9 @@ def find_heads(analysis: Analysis) -> Heads:
     heads = Heads()
     roles: list[Role] = []
     for node in analysis.graph_module.graph.nodes:
-        if is_product(analysis, node) and node not in analysis.barriers:
+        if node in analysis.barriers or node in analysis.whole:
+            continue
+        if is_product(analysis, node):
             found, reasons = roles_of(analysis, node)
             roles += found
             if reasons:
@@ -90,9 +120,8 @@ def find_heads(analysis: Analysis) -> Heads:
             heads.flats[role.flat] = role
             _tie_behind(heads, role)
     for core, contraction in heads.contractions.items():
-        if core.target in FUSED and core in heads.passages:
-            # The fused kernels want one size of head for queries, keys and values.
-            refs = (*contraction.refs(), *heads.passages[core].refs())
+        if len(contraction.pairs) > 1:
+            refs = tuple(contraction.refs())
             heads.relations.setdefault(core, []).append(SameSize(refs))
     return heads
 
@@ -210,9 +239,11 @@ def _tie_value(
     else:
         sources = tuple((ref,) for ref in blocks)
         relations.append(Move(((node, axis),), sources, np.arange(size)))
-    others = tuple(dict.fromkeys(refs[h] for h in np.unique(line)))
-    if len(line) > 1 and len(others) > 1:
-        relations.append(SameSize(others))
+    for place in starts:
+        # Heads at one place of the axis, at different places of the others.
+        others = tuple(refs[h] for h in np.unique(line[:, place]))
+        if len(others) > 1:
+            relations.append(SameSize(others))
     return relations
 
 

@@ -14,6 +14,7 @@ from fxfib.coloring import Labels
 from fxfib.passes.relations import Ref
 from fxfib.passes.rules import find_rule
 from fxfib.passes.rules.activation import PASSES_FORMS
+from fxfib.passes.rules.attention import FUSED, SIDES, sides
 from fxfib.passes.rules.base import Barrier, is_tensor
 from fxfib.passes.rules.linear import LinearMap
 from fxfib.passes.rules.movement import Movement
@@ -25,12 +26,6 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
-FUSED = {aten.scaled_dot_product_attention.default}
-_SIDES: dict[Any, tuple[str, str]] = {
-    aten.matmul.default: ("self", "other"),
-    aten.bmm.default: ("self", "mat2"),
-    aten.baddbmm.default: ("batch1", "batch2"),
-}
 _SCALINGS = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar}
 
 
@@ -149,9 +144,9 @@ Role = Contraction | Passage
 
 def is_product(analysis: Analysis, node: fx.Node) -> bool:
     """Whether a node multiplies two values of the network (not a value and a parameter)."""
-    if node.op != "call_function" or (node.target not in FUSED and node.target not in _SIDES):
+    if node.op != "call_function" or (node.target not in FUSED and node.target not in SIDES):
         return False
-    return all(_changes(analysis, side) for side in _sides(analysis, node)[:2])
+    return all(_changes(analysis, side) for side in sides(analysis, node)[:2])
 
 
 def roles_of(analysis: Analysis, core: fx.Node) -> tuple[list[Role], list[str]]:
@@ -172,15 +167,6 @@ def roles_of(analysis: Analysis, core: fx.Node) -> tuple[list[Role], list[str]]:
         except Unfollowed as stop:
             reasons.append(str(stop))
     return roles, reasons
-
-
-def _sides(analysis: Analysis, core: fx.Node) -> tuple[Any, Any, Any]:
-    """Query, key and value of a fused op; of a plain product its sides, the second one twice."""
-    bound = analysis.arguments(core)
-    if core.target in FUSED:
-        return bound["query"], bound["key"], bound["value"]
-    left, right = (bound[name] for name in _SIDES[core.target])
-    return left, right, right
 
 
 def _changes(analysis: Analysis, operand: Any) -> bool:
@@ -237,7 +223,7 @@ def _trace(
     current: Any = torch.arange(shape[-1], dtype=torch.int32).expand(shape)
     numbers = {root: _squeezed(current.numpy())}
     for step in path:
-        current = _moved(step, current)
+        current = moved_numbers(step, current)
         if isinstance(current, torch.Tensor):
             numbers[step] = _squeezed(current.numpy())
     return root, tuple(path), numbers
@@ -247,7 +233,7 @@ def _known(analysis: Analysis, node: fx.Node) -> bool:
     return node.op == "call_function" and not analysis.is_constant(node)
 
 
-def _moved(node: fx.Node, numbers: Any) -> Any:
+def moved_numbers(node: fx.Node, numbers: Any) -> Any:
     """Run an op on numbered elements."""
     rule = find_rule(node)
     if isinstance(rule, GetItem):
@@ -283,7 +269,7 @@ def _operand(analysis: Analysis, node: fx.Node, axis: int) -> Operand:
 
 def _is_value(analysis: Analysis, core: fx.Node) -> bool:
     """Whether the right side of a plain product has its channels on its last axis."""
-    right = _sides(analysis, core)[1]
+    right = sides(analysis, core)[1]
     if len(analysis.shape(right)) < 2:
         raise Unfollowed(f"{right.name} is a vector")
     numbers = _trace(analysis, right)[2][right]
@@ -298,7 +284,7 @@ def _repeated(analysis: Analysis, core: fx.Node, rows: Labels, heads: int) -> La
 
 
 def _contraction(analysis: Analysis, core: fx.Node) -> Contraction:
-    left_node, right_node, _ = _sides(analysis, core)
+    left_node, right_node, _ = sides(analysis, core)
     left = _operand(analysis, left_node, -1)
     right = _operand(analysis, right_node, -1 if core.target in FUSED else -2)
     heads = analysis.shape(left_node)[-3] if len(analysis.shape(left_node)) > 2 else 1
@@ -315,7 +301,7 @@ def _contraction(analysis: Analysis, core: fx.Node) -> Contraction:
 
 
 def _passage(analysis: Analysis, core: fx.Node) -> Passage:
-    value = _operand(analysis, _sides(analysis, core)[2], -1)
+    value = _operand(analysis, sides(analysis, core)[2], -1)
     shape = analysis.shape(core)
     batch, depth = shape[:-2], shape[-1]
     rows = np.unique(value.rows.reshape(-1, depth), axis=0)
@@ -344,7 +330,7 @@ def _passage(analysis: Analysis, core: fx.Node) -> Passage:
             raise Unfollowed(f"the heads are not joined by a view behind {core.name}")
         node = users[0]
         path.append(node)
-        numbers = _moved(node, numbers)
+        numbers = moved_numbers(node, numbers)
 
 
 def _end_to_end(within: Labels, head: Labels, depth: int) -> tuple[int, Labels] | None:

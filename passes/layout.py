@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fxfib.coloring import Floats, Labels
+from fxfib.coloring import Floats, Labels, unique_rows
 from fxfib.kernels import collapse, merge
 
 
@@ -87,6 +87,15 @@ class Layout:
     def columns(self, scales: Floats | None) -> Reducer:
         """For an input axis: Eq. 10's sum over the members of a slot."""
         raise NotImplementedError
+
+    def sums(self, scales: Floats, places: Labels) -> Reducer:
+        """For an output axis whose nodes are summed by their readers, times a factor each.
+
+        Args:
+            scales: float64 ``[full]``, the factors.
+            places: int64 ``[full]``; members of a slot at one place are equal, and count once.
+        """
+        return self.columns(scales)
 
     @property
     def first(self) -> Reducer:
@@ -181,6 +190,10 @@ class MergeLayout(Layout):
     def columns(self, scales: Floats | None) -> Reducer:
         return Total(self, scales)
 
+    def sums(self, scales: Floats, places: Labels) -> Reducer:
+        code = unique_rows(self.slot, places)
+        return Total(self, scales, 1.0 / np.bincount(code)[code])
+
 
 @dataclass(frozen=True, eq=False)
 class Average:
@@ -249,10 +262,14 @@ class Average:
 
 @dataclass(frozen=True, eq=False)
 class Total:
-    """Sum over the members of a slot, each times its factor relative to the representative."""
+    """Sum over the members of a slot, each times its factor relative to the representative.
+
+    ``shares`` weights them further, as they are.
+    """
 
     layout: MergeLayout
     scales: Floats | None
+    shares: Floats | None = None
 
     @property
     def full(self) -> int:
@@ -274,6 +291,8 @@ class Total:
             ratio = np.where(
                 layout.slot >= 0, self.scales / self.scales[layout.representative][slot], 0.0
             )
+            if self.shares is not None:
+                ratio = ratio * self.shares
             if np.any(ratio[layout.slot >= 0] != 1.0):
                 scale = torch.from_numpy(ratio)
         total = collapse(tensor, torch.from_numpy(layout.slot), layout.size, axis=axis, scale=scale)

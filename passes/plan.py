@@ -192,6 +192,8 @@ def guard_shared_parameters(analysis: Analysis, tables: Mapping[fx.Node, fx.Node
                 continue
             for source in seen:
                 for axis, factor in analysis.factors(source).items():
+                    if (source, axis) in analysis.heads.free:
+                        continue  # it has no colors of its own to fold in
                     analysis.relate(
                         Refine((source, axis), factor.keyed()),
                         Keep((source, axis), factor.constant & (factor.labels != ZERO)),

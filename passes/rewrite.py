@@ -70,10 +70,11 @@ class Rewriter:
         """The average over merged output nodes; the sum where heads contract over them."""
         layout = self.layout(node, axis)
         average = layout.rows(self.plan.weights.get(node), self.plan.masses.get(node))
-        summed = self.analysis.heads.summed.get(node)
-        if summed is None or axis != self.analysis.heads.roots[node] or not summed.any():
+        summed = self.analysis.heads.summed.get((node, axis))
+        if summed is None or not summed.chosen.any():
             return average
-        return Mixed(layout, layout.columns(None), average, summed)
+        sums = layout.sums(summed.scales, summed.places)
+        return Mixed(layout, sums, average, summed.chosen)
 
     def columns(self, node: fx.Node, axis: int | str) -> Reducer:
         """The sum over merged input nodes, their factors folded in."""

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from fxfib import signature
 from fxfib.coloring import FIRST_FREE, Factor
-from fxfib.passes import forward, heads, layout, liveness, plan, rewrite
+from fxfib.passes import forward, heads, layout, liveness, plan, rewrite, summed
 from fxfib.passes.relations import Refine
 from fxfib.passes.rules import (
     activation,
@@ -487,8 +487,8 @@ def keys_of_equal_queries_averaged(patch: pytest.MonkeyPatch) -> None:
 
     def contract(analysis: Any, contraction: Any) -> None:
         right(analysis, contraction)
-        for mask in analysis.heads.summed.values():
-            mask[:] = False
+        for rows in analysis.heads.summed.values():
+            rows.chosen[:] = False
 
     patch.setattr(attention, "_contract", contract)
 
@@ -504,6 +504,52 @@ def bias_of_a_query_ignored(patch: pytest.MonkeyPatch) -> None:
         analysis.heads.colors[node] = colors
 
     patch.setattr(forward, "color_root", color_root)
+
+
+@wrong("Attention", "fused")
+def heads_mixed_up(patch: pytest.MonkeyPatch) -> None:
+    """What merges in one head is merged in the next one."""
+    right = attention._contract
+
+    def contract(analysis: Any, contraction: Any) -> None:
+        pairs = (*contraction.pairs[1:], contraction.pairs[0])
+        right(analysis, replace(contraction, pairs=pairs))
+
+    patch.setattr(attention, "_contract", contract)
+
+
+@wrong("Attention", "rotary_half")
+def rotary_pairs_split(patch: pytest.MonkeyPatch) -> None:
+    """A channel is turned with itself, so it merges without its partner."""
+    right = concatenation.Concatenate.joined
+
+    def joined(self: Any, analysis: Any, node: fx.Node, operands: list[fx.Node], axis: int) -> Any:
+        return right(self, analysis, node, operands[::-1], axis)
+
+    patch.setattr(concatenation.Concatenate, "joined", joined)
+
+
+@wrong("Attention", "rotary_other_speed")
+def speeds_of_pairs_ignored(patch: pytest.MonkeyPatch) -> None:
+    def plain(tensor: torch.Tensor, axis: int | None, size: int) -> Any:
+        return elementwise._plain(np.full(size, FIRST_FREE, dtype=np.int64))
+
+    def blank(tensor: torch.Tensor, axis: int, name: str) -> Factor:
+        size = tensor.shape[axis]
+        return Factor((axis,), np.full(size, FIRST_FREE), np.ones(size), ("blank", name))
+
+    patch.setattr(elementwise, "_of_constant", plain)
+    patch.setattr(summed, "constant_factor", blank)
+
+
+@wrong("MatrixProduct", "batch_norm")
+def gains_behind_a_sum_ignored(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(summed._Follower, "pass_gain", lambda *_: None)
+
+
+@wrong("Einsum", "einsum")
+def summed_keys_averaged(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(heads.Heads, "sum_rows", lambda *_: None)
 
 
 @wrong("", "shared")

@@ -12,6 +12,7 @@ from fxfib.passes.rules import (  # noqa: F401
     batch_norm,
     concatenation,
     convolution,
+    einsum,
     filling,
     gating,
     group_norm,

@@ -8,7 +8,7 @@ has its own partition, and all heads of one op the same size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +17,22 @@ import torch
 from torch import fx
 
 from fxfib.coloring import FIRST_FREE, ZERO, Factor, Value, unique_rows
-from fxfib.passes.relations import Keep, Refine
-from fxfib.passes.rules.base import Barrier, Rule, overloads, register
+from fxfib.passes.relations import Keep, Ref, Refine
+from fxfib.passes.rules.base import Barrier, Mask, find_rule, overloads, register
 from fxfib.passes.rules.product import (
     ATTENTION_BACK,
     attention_value,
     product_back,
     product_value,
+)
+from fxfib.passes.rules.products import (
+    REMEDY,
+    Product,
+    ProductRule,
+    color_product,
+    contract,
+    matrix_product,
+    pass_axis,
 )
 from fxfib.signature import color_form
 
@@ -35,11 +44,20 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 FUSED = set(overloads("scaled_dot_product_attention"))
+SIDES: dict[Any, tuple[str, str]] = {
+    aten.matmul.default: ("self", "other"),
+    aten.bmm.default: ("self", "mat2"),
+    aten.baddbmm.default: ("batch1", "batch2"),
+}
 
-REMEDY = (
-    "make query, key and value by linear layers of their own, with nothing but views before the "
-    "product and a view that joins the heads behind it"
-)
+
+def sides(analysis: Analysis, core: fx.Node) -> tuple[Any, Any, Any]:
+    """Query, key and value of a fused op; of a plain product its sides, the second one twice."""
+    bound = analysis.arguments(core)
+    if core.target in FUSED:
+        return bound["query"], bound["key"], bound["value"]
+    left, right = (bound[name] for name in SIDES[core.target])
+    return left, right, right
 
 
 def color_root(analysis: Analysis, node: fx.Node) -> None:
@@ -55,7 +73,6 @@ def color_root(analysis: Analysis, node: fx.Node) -> None:
     rest = [a for a in value.tracked_axes if a != axis]
     analysis.full(node, rest, "heads are cut from it, and these axes are not followed")
     size = len(factor.labels)
-    heads.summed[node] = np.zeros(size, dtype=bool)
     if any(c.right.root is node and c.softmax for c in heads.contractions.values()):
         # What is added to all keys is added to all scores of a query: softmax does not see it.
         zero = np.zeros(size)
@@ -69,7 +86,7 @@ def multiply_values(analysis: Analysis, node: fx.Node) -> Value:
     """Forward of a product of two values.
 
     Raises:
-        Barrier: its operands are not heads made by linear layers.
+        Barrier: its operands are vectors, or nothing is known of them.
     """
     if not analysis.merging:
         if node.target in FUSED:
@@ -78,32 +95,77 @@ def multiply_values(analysis: Analysis, node: fx.Node) -> Value:
         return product_value(analysis, node, a, b)
     heads = analysis.heads
     contraction, passage = heads.contractions.get(node), heads.passages.get(node)
-    reasons = heads.reasons.get(node, ["its operands are computed"])
-    if contraction is None and passage is None:
-        raise Barrier(reasons[0], REMEDY)
+    fused = node.target in FUSED
+    analysis.relate(*heads.relations.get(node, ()))
+    if contraction is None and passage is None and not fused:
+        return color_product(analysis, find_rule(node).product(analysis, node))  # type: ignore[union-attr]
     roles = [role for role in (contraction, passage) if role is not None]
     followed = {operand.node for role in roles for operand in role.operands}
-    for source in node.all_input_nodes:
-        if source not in followed and not analysis.is_constant(source):
-            axes = analysis.value(source).tracked_axes
-            analysis.full(source, axes, "it meets heads, and is not made of them")
-    analysis.relate(*heads.relations.get(node, ()))
+    handled: set[Ref] = set()
+    factors: list[Factor] = []
     if contraction is not None:
         _contract(analysis, contraction)
+    elif fused:
+        query, key, value = sides(analysis, node)
+        left, right = (query, len(analysis.shape(query)) - 1), (key, len(analysis.shape(key)) - 1)
+        contract(analysis, node, left, right)
+        handled |= {left, right}
     if passage is not None:
         _pass(analysis, passage)
-    if node in heads.reasons:
-        analysis.refuse(node, reasons[0], REMEDY)
+    elif fused:
+        value = sides(analysis, node)[2]
+        last = len(analysis.shape(value)) - 1
+        factor = pass_axis(analysis, node, len(analysis.shape(node)) - 1, [(value, last)])
+        factors += [factor] if factor is not None else []
+        handled.add((value, last))
+    if fused and not roles:
+        for axis in range(len(analysis.shape(node)) - 2):
+            refs = meeting(analysis, node, axis)
+            factor = pass_axis(analysis, node, axis, refs) if refs else None
+            factors += [factor] if factor is not None else []
+            handled |= set(refs)
+    for source in node.all_input_nodes:
+        if source not in followed and not analysis.is_constant(source):
+            rest = [a for a in analysis.value(source).tracked_axes if (source, a) not in handled]
+            analysis.full(source, rest, "heads and positions of an attention stay")
+    if fused and passage is None:
+        return Value(analysis.shape(node), tuple(factors))
     return flat_value(analysis, node)
+
+
+def meeting(analysis: Analysis, node: fx.Node, axis: int) -> list[tuple[fx.Node, int]]:
+    """The axes of the operands that meet on a batch axis of a fused op; none if it must stay.
+
+    Heads merge whole where queries, keys, values and masks of two heads are equal.
+    """
+    rank = len(analysis.shape(node))
+    bound = analysis.arguments(node)
+    refs: list[tuple[fx.Node, int]] = []
+    for operand in (*sides(analysis, node), bound["attn_mask"]):
+        if operand is None:
+            continue
+        own = axis - rank + len(analysis.shape(operand))
+        if own < 0 or (analysis.shape(operand)[own] == 1 and not analysis.dynamic(operand, own)):
+            continue
+        if analysis.shape(operand)[own] != analysis.shape(node)[axis]:
+            return []
+        refs.append((operand, own))
+    return refs
 
 
 def _contract(analysis: Analysis, contraction: Any) -> None:
     """Per head, merge by the side with fewer fibers and sum what the other side has there."""
+    from fxfib.passes.heads import SummedRows
+
     heads = analysis.heads
     left_root, right_root = contraction.left.root, contraction.right.root
     left = heads.colors[left_root]
     right = heads.unshifted[right_root] if contraction.softmax else heads.colors[right_root]
     left_keyed, right_keyed = left.keyed(), right.keyed()
+    summed = {
+        root: np.zeros(len(heads.colors[root].labels), dtype=bool)
+        for root in (left_root, right_root)
+    }
     for ref, (key, queries) in zip(contraction.refs(), contraction.pairs, strict=True):
         by_left = unique_rows(*(left_keyed[row] for row in queries))
         by_right = right_keyed[key]
@@ -111,9 +173,12 @@ def _contract(analysis: Analysis, contraction: Any) -> None:
         fewer = len(np.unique(by_right[~nothing])) < len(np.unique(by_left[~nothing]))
         analysis.relate(Refine(ref, by_right if fewer else by_left), Keep(ref, ~nothing))
         if fewer:
-            heads.summed[left_root][queries] = True
+            summed[left_root][queries] = True
         else:
-            heads.summed[right_root][key] = True
+            summed[right_root][key] = True
+    for root, mask in summed.items():
+        rows = SummedRows(mask, np.ones(len(mask)), np.arange(len(mask)))
+        heads.sum_rows((root, heads.roots[root]), rows)
 
 
 def _separate(factor: Factor) -> Any:
@@ -147,11 +212,75 @@ def flat_value(analysis: Analysis, node: fx.Node) -> Value:
     return Value(shape, (Factor((passage.flat_axis,), labels, scales, space),))
 
 
-class ProductOfValues(Rule):
-    """A product of two values of the network."""
+@register
+class Attention(ProductRule):
+    """``softmax(q k^T * scale + mask) v``: the scale stays that of the original head size."""
+
+    targets = overloads("scaled_dot_product_attention")
 
     def forward(self, analysis: Analysis, node: fx.Node) -> Value:
         return multiply_values(analysis, node)
+
+    def backward(
+        self, adjoint: Adjoint, node: fx.Node, error: Error
+    ) -> Iterable[tuple[fx.Node, fx.Node]]:
+        """Queries get what lies on their keys, keys on their queries, values on the output."""
+        for place, operand in adjoint.operands(node):
+            if place > 2:
+                raise Barrier("its mask is computed and has an error", REMEDY)
+            if place in (0, 1, 2):
+                yield operand, adjoint.derivative(node, error, place, rule=ATTENTION_BACK)
+
+    def reads(
+        self, analysis: Analysis, node: fx.Node, live: Mapping[Ref, Mask]
+    ) -> Iterator[tuple[Ref, Mask]]:
+        yield from super().reads(analysis, node, live)
+        value, last = analysis.arguments(node)["value"], len(analysis.shape(node)) - 1
+        if analysis.value(node).tracked(last):
+            out = live.get((node, last), np.zeros(analysis.shape(node)[last], dtype=bool))
+            yield (value, len(analysis.shape(value)) - 1), out
+
+    def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
+        analysis = rewriter.analysis
+        bound = analysis.arguments(node)
+        query = bound["query"]
+        last = len(analysis.shape(query)) - 1
+        changed: dict[str, Any] = {}
+        if bound["scale"] is None and rewriter.size(query, last) != analysis.shape(query)[last]:
+            changed["scale"] = analysis.shape(query)[last] ** -0.5
+        mask = bound["attn_mask"]
+        constants = {}
+        if mask is not None and analysis.is_constant(mask):
+            rank = len(analysis.shape(node))
+            axes = {
+                own: rewriter.first(node, axis)
+                for axis in range(rank - 2)
+                for operand, own in meeting(analysis, node, axis)
+                if operand is mask
+            }
+            constants[mask] = rewriter.constant(mask, axes)
+        return rewriter.repeat(node, constants=constants, changed=changed)
+
+    def examples(self) -> Iterable[Any]:
+        from fxfib.passes.rules import examples
+
+        return examples.attention(("fused", "rotary", "normed"))
+
+
+@register
+class BatchedProduct(ProductRule):
+    """``bmm`` and ``baddbmm``: attention written out."""
+
+    targets = (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default)
+
+    def product(self, analysis: Analysis, node: fx.Node) -> Product:
+        left, right, _ = sides(analysis, node)
+        return matrix_product(analysis, node, left, right)
+
+    def forward(self, analysis: Analysis, node: fx.Node) -> Value:
+        value = multiply_values(analysis, node)
+        # What baddbmm adds has rows of its own, and they are not compared.
+        return Value(value.shape) if "baddbmm" in str(node.target) else value
 
     def backward(
         self, adjoint: Adjoint, node: fx.Node, error: Error
@@ -167,48 +296,6 @@ class ProductOfValues(Rule):
             yield from product_back(adjoint, error, bound["batch1"], bound["batch2"])
         else:
             yield from product_back(adjoint, error, bound["self"], bound["mat2"])
-
-
-@register
-class Attention(ProductOfValues):
-    """``softmax(q k^T * scale + mask) v``: the scale stays that of the original head size."""
-
-    targets = overloads("scaled_dot_product_attention")
-
-    def backward(
-        self, adjoint: Adjoint, node: fx.Node, error: Error
-    ) -> Iterable[tuple[fx.Node, fx.Node]]:
-        """Queries get what lies on their keys, keys on their queries, values on the output."""
-        for place, operand in adjoint.operands(node):
-            if place > 2:
-                raise Barrier("its mask is computed and has an error", REMEDY)
-            if place in (0, 1, 2):
-                yield operand, adjoint.derivative(node, error, place, rule=ATTENTION_BACK)
-
-    def examples(self) -> Iterable[Any]:
-        from fxfib.passes.rules import examples
-
-        return examples.attention(("fused",))
-
-    def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
-        analysis = rewriter.analysis
-        bound = analysis.arguments(node)
-        depth = analysis.shape(bound["query"])[-1]
-        changed: dict[str, Any] = {}
-        contraction = analysis.heads.contractions.get(node)
-        size = depth
-        if contraction is not None:
-            size = rewriter.layout(*contraction.refs()[0]).size
-        if bound["scale"] is None and size != depth:
-            changed["scale"] = depth**-0.5
-        return rewriter.repeat(node, changed=changed)
-
-
-@register
-class BatchedProduct(ProductOfValues):
-    """``bmm`` and ``baddbmm``: attention written out."""
-
-    targets = (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default)
 
     def examples(self) -> Iterable[Any]:
         from fxfib.passes.rules import examples

@@ -15,6 +15,7 @@ from fxfib.passes.relations import Full, Ref, Same
 from fxfib.passes.rules.attention import multiply_values
 from fxfib.passes.rules.base import Barrier, Mask, Rule, columns_read, overloads, register
 from fxfib.passes.rules.product import product_back
+from fxfib.passes.rules.products import Product, ProductRule, matrix_product
 from fxfib.signature import Form, collapse_columns
 
 if TYPE_CHECKING:
@@ -170,14 +171,24 @@ class Linear(LinearMap):
 
 
 @register
-class MatrixProduct(LinearMap):
+class MatrixProduct(LinearMap, ProductRule):
     """``x @ W[in, out]`` with a parameter on the right."""
 
     targets = overloads("matmul", "mm")
 
-    def forward(self, analysis: Analysis, node: fx.Node) -> Value:
+    def of_values(self, analysis: Analysis, node: fx.Node) -> bool:
+        """Whether this is no layer: two values meet, or a stack of matrices and a value."""
         source, weight, _, _ = self.operands(analysis, node)
-        if not analysis.is_constant(source) and not analysis.is_constant(weight):
+        if analysis.is_constant(source) or not analysis.is_constant(weight):
+            return True
+        return len(analysis.shape(weight)) > 2
+
+    def product(self, analysis: Analysis, node: fx.Node) -> Product:
+        source, weight, _, _ = self.operands(analysis, node)
+        return matrix_product(analysis, node, source, weight)
+
+    def forward(self, analysis: Analysis, node: fx.Node) -> Value:
+        if self.of_values(analysis, node):
             return multiply_values(analysis, node)
         return super().forward(analysis, node)
 
@@ -185,25 +196,23 @@ class MatrixProduct(LinearMap):
         self, adjoint: Adjoint, node: fx.Node, error: Error
     ) -> Iterable[tuple[fx.Node, fx.Node]]:
         source, weight, _, _ = self.operands(adjoint.analysis, node)
-        if adjoint.analysis.is_constant(weight):
-            return super().backward(adjoint, node, error)
-        return product_back(adjoint, error, source, weight)
+        if self.of_values(adjoint.analysis, node):
+            return product_back(adjoint, error, source, weight)
+        return super().backward(adjoint, node, error)
 
     def reads(
         self, analysis: Analysis, node: fx.Node, live: Mapping[Ref, Mask]
     ) -> Iterator[tuple[Ref, Mask]]:
-        _, weight, _, _ = self.operands(analysis, node)
-        return super().reads(analysis, node, live) if analysis.is_constant(weight) else iter(())
+        if self.of_values(analysis, node):
+            return ProductRule.reads(self, analysis, node, live)
+        return super().reads(analysis, node, live)
 
     def produces(self, analysis: Analysis, node: fx.Node) -> Iterator[tuple[str, Ref]]:
-        _, weight, _, _ = self.operands(analysis, node)
-        if analysis.is_constant(weight):
-            yield from super().produces(analysis, node)
+        return iter(()) if self.of_values(analysis, node) else super().produces(analysis, node)
 
     def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
-        _, weight, _, _ = self.operands(rewriter.analysis, node)
-        if not rewriter.analysis.is_constant(weight):
-            return rewriter.repeat(node)
+        if self.of_values(rewriter.analysis, node):
+            return ProductRule.rewrite(self, rewriter, node)
         return super().rewrite(rewriter, node)
 
     def operands(
@@ -212,6 +221,11 @@ class MatrixProduct(LinearMap):
         source, weight = node.args
         assert isinstance(source, fx.Node) and isinstance(weight, fx.Node)
         return source, weight, None, 1
+
+    def examples(self) -> Iterable[Any]:
+        from fxfib.passes.rules import examples
+
+        return examples.attention(("batch_norm",))
 
 
 @register

@@ -75,7 +75,7 @@ class AxisNorm(Rule):
         rank = value.ndim
         normalized = set(range(rank - count, rank))
         inside = sorted(normalized & set(value.tracked_axes))
-        if len(inside) > 1 or (inside and len(value.factor(inside[0]).axes) > 1):  # type: ignore[union-attr]
+        if len(inside) > 1:
             analysis.full(source, inside, "the norm works along several colored axes")
             inside = []
         factors = []

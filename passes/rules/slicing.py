@@ -13,7 +13,7 @@ from fxfib.coloring import (
     Factor,
     Value,
 )
-from fxfib.passes.relations import Move, Refine, Same
+from fxfib.passes.relations import Full, Move, Refine, Same
 from fxfib.passes.rules.base import (
     Barrier,
     hint,
@@ -145,12 +145,37 @@ class Slice(AlongAxis):
             for factor in factors:
                 analysis.relate(*(Same((node, a), (source, a)) for a in factor.axes))
             return Value(analysis.shape(node), factors)
-        result = super().forward(analysis, node)
         (axis,) = self.touched(analysis, node)
-        _start, _, step = self.bounds(analysis, node)
-        if step != 1:
-            analysis.full(node.args[0], [axis], "it is sliced with a step")  # type: ignore[arg-type]
-        return result
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        _, _, step = self.bounds(analysis, node)
+        if step != 1 and analysis.value(source).tracked(axis):
+            return self.every(analysis, node, source, axis)
+        return super().forward(analysis, node)
+
+    def every(self, analysis: Analysis, node: fx.Node, source: fx.Node, axis: int) -> Value:
+        """Every second node, or third: groups of neighbours merge as wholes, if at all."""
+        start, stop, step = self.bounds(analysis, node)
+        size = analysis.shape(source)[axis]
+        factors = []
+        for own, factor in analysis.factors(source).items():
+            if own != axis:
+                analysis.relate(Same((node, own), (source, own)))
+                factors.append(factor)
+                continue
+            factors.append(moved_factor(factor, (own,), np.arange(start, stop, step)))
+            if size % step or start >= step or stop <= size - step + start:
+                analysis.full(source, [axis], "it is sliced with a step")
+                analysis.relate(Full((node, axis), "it is a slice with a step"))
+                continue
+            groups = analysis.inner(node, "groups", size // step)
+            within = analysis.inner(node, "within", step)
+            analysis.relate(
+                Move(((source, axis),), ((groups, within),), np.arange(size)),
+                Full(within, "it is sliced with a step"),
+                Same((node, axis), groups),
+            )
+        return Value(analysis.shape(node), tuple(factors))
 
     def bounds(self, analysis: Analysis, node: fx.Node) -> tuple[int, int, int]:
         bound = analysis.arguments(node)
@@ -172,7 +197,9 @@ class Slice(AlongAxis):
         layout = rewriter.layout(source, axis)
         if layout.identity:
             return {}
-        start, _, _ = self.bounds(rewriter.analysis, node)
+        start, _, step = self.bounds(rewriter.analysis, node)
+        if step != 1:
+            return {"start": start, "end": layout.size}
         begin = layout.before(start)
         if "length" in rewriter.analysis.arguments(node):
             return {"start": begin, "length": rewriter.size(node, axis)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -163,17 +162,39 @@ def moved_factor(factor: Factor, out_axes: tuple[int, ...], index: Labels) -> Fa
     return Factor(out_axes, labels, scales, ("moved", factor.space))
 
 
-def move_relations(node: fx.Node, source: fx.Node, block: Block) -> tuple[Move | Same, ...]:
-    """The layouts of the two sides of a movement; ``Same`` where axes at most change places."""
+def move_relations(node: fx.Node, source: fx.Node, block: Block) -> list[Move | Same]:
+    """The layouts of the two sides of a movement; ``Same`` where an axis moves as a whole.
+
+    Axes that are colored together and move each by itself are related each by itself.
+    """
+    if len(block[0]) == len(block[1]) > 1 and (apart := _each_by_itself(source, block)):
+        return [relation for part in apart for relation in move_relations(node, source, part)]
     ins, outs, index = block
-    sizes = tuple(source.meta["val"].shape[axis] for axis in ins)
-    for order in itertools.permutations(range(len(ins))):
-        if index.shape == tuple(sizes[place] for place in order):
-            whole = np.arange(index.size).reshape(sizes).transpose(order)
-            if np.array_equal(index, whole):
-                moved = zip(outs, order, strict=True)
-                return tuple(Same((node, out), (source, ins[place])) for out, place in moved)
-    return (Move(tuple((node, a) for a in outs), (tuple((source, a) for a in ins),), index),)
+    whole = len(ins) == len(outs) == 1 and source.meta["val"].shape[ins[0]] == len(index)
+    if whole and np.array_equal(index, np.arange(len(index))):
+        return [Same((node, outs[0]), (source, ins[0]))]
+    return [Move(tuple((node, a) for a in outs), (tuple((source, a) for a in ins),), index)]
+
+
+def _each_by_itself(source: fx.Node, block: Block) -> list[Block] | None:
+    """The movement of every axis alone, where none of them mixes with another."""
+    ins, outs, index = block
+    if index.size == 0:
+        return None
+    sizes = [hint(source.meta["val"].shape[axis]) for axis in ins]
+    parts: list[Block] = []
+    for axis, coordinate in zip(ins, np.unravel_index(index, sizes), strict=True):
+        moving = [
+            place
+            for place in range(index.ndim)
+            if np.any(coordinate != coordinate.take([0], axis=place))
+        ]
+        if len(moving) != 1:
+            return None
+        (place,) = moving
+        line = np.moveaxis(coordinate, place, 0).reshape(index.shape[place], -1)[:, 0]
+        parts.append(((axis,), (outs[place],), line.astype(np.int64)))
+    return parts if len({out for _, (out,), _ in parts}) == len(parts) else None
 
 
 def constant_factor(tensor: torch.Tensor, axis: int, name: str) -> Factor:

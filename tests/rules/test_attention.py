@@ -77,12 +77,12 @@ class Library(nn.Module):
         return found
 
 
-class Rotated(Separate):
-    """Queries are normalised: nothing is known of their channels any more."""
+class Normalised(Separate):
+    """Queries and keys are normalised: their channels meet in statistics."""
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (cut(layer(x), self.heads) for layer in (self.q, self.k, self.v))
-        y = F.scaled_dot_product_attention(F.normalize(q, dim=-1), k, v)
+        y = F.scaled_dot_product_attention(F.normalize(q, dim=-1), F.layer_norm(k, (6,)), v)
         return self.o(y.transpose(1, 2).flatten(2))
 
 
@@ -170,12 +170,12 @@ def test_keys_with_equal_weights_merge_whatever_their_biases() -> None:
     torch.testing.assert_close(small(*inputs), model(*inputs), rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_done_to_queries_between_is_refused() -> None:
+def test_where_no_side_is_linear_only_values_shrink() -> None:
     torch.manual_seed(0)
-    model, inputs = Rotated().eval(), (torch.randn(2, 5, WIDTH),)
+    model, inputs = Normalised().eval(), (torch.randn(2, 5, WIDTH),)
     report = fxfib.compile(model, 0.0, inputs).fibration
-    assert any("linear layer" in refusal.reason for refusal in report.refusals)
+    assert any("neither side can be summed" in refusal.reason for refusal in report.refusals)
     lifted = fxfib.lift(model, 1.5, inputs)
-    # Values shrink all the same.
-    assert fxfib.compile(lifted, 0.0, inputs).v.weight.shape == (WIDTH, WIDTH)
+    assert lifted.q.weight.shape == lifted.k.weight.shape == (WIDTH, WIDTH)
     assert lifted.v.weight.shape[0] > WIDTH
+    assert fxfib.compile(lifted, 0.0, inputs).v.weight.shape == (WIDTH, WIDTH)
