@@ -189,7 +189,7 @@ def columns_averaged(patch: pytest.MonkeyPatch) -> None:
 
 @wrong("Linear", "plain", "affine")
 def rows_summed(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(layout.MergeLayout, "rows", lambda self, weights: layout.Total(self, None))
+    patch.setattr(layout.MergeLayout, "rows", lambda self, *_: layout.Total(self, None))
 
 
 @wrong("Linear", "plain")
