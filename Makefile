@@ -16,7 +16,7 @@ endif
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 TESTS  := $(PYTEST) $(BIN)/pytest -n $(JOBS) -q
 
-.PHONY: help demo test test-old wheel-test bench bench-plot lint format typecheck clean
+.PHONY: help demo test test-old wheel-test bench bench-plot docs lint format typecheck clean
 
 help:
 	@echo "make demo        train, compile, export, check; writes demo-output/"
@@ -25,6 +25,7 @@ help:
 	@echo "make wheel-test  build the wheel, install it alone, test it from another folder"
 	@echo "make bench       the coloring beside other tools (about two hours, resumable); ARGS=--quick, ARGS='--device cuda'"
 	@echo "make bench-plot  pictures of what was measured"
+	@echo "make docs        the API reference, in build/docs"
 	@echo "make lint        ruff and mypy;  make format  rewrites"
 	@echo "make clean       removes environments and build output"
 
@@ -44,6 +45,11 @@ bench-plot: .venv/.bench
 .venv/.bench: .venv/.stamp
 	$(UV) pip install --quiet --python $(BIN)/python --editable '.[dev,bench]'
 	@touch $@
+
+# The API reference, from the docstrings: build/docs/fxfib.html.
+docs: .venv/.stamp
+	$(UV) pip install --quiet --python $(BIN)/python --editable '.[dev,docs]'
+	$(BIN)/pdoc --docformat google --output-directory build/docs fxfib fxfib.passes fxfib.kernels
 
 lint: .venv/.stamp
 	$(BIN)/ruff check .
