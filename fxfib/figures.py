@@ -32,11 +32,8 @@ def figures(report: Report) -> list[Any]:
     made = [_groups(Figure, report)]
     if report.layers:
         made.append(_layers(Figure, report))
-    points = [
-        p for p in map(_as_dict, getattr(report, "frontier", None) or ()) if "parameters" in p
-    ]
-    if points:
-        made.append(_frontier(Figure, report, points))
+    if report.frontier:
+        made.append(_frontier(Figure, report))
     return made
 
 
@@ -135,24 +132,17 @@ def _strip(layer: Layer) -> np.ndarray:
     return colors
 
 
-def _frontier(figure: Any, report: Report, points: list[dict[str, Any]]) -> Any:
+def _frontier(figure: Any, report: Report) -> Any:
+    """What was measured; where nothing was, what was predicted (another quantity)."""
     made = figure(figsize=(6.4, 4.0), layout="constrained")
     axes = made.add_subplot()
-    points = sorted(points, key=lambda point: point["parameters"])
-    for keys, label, style in (
-        (("measured", "measured_loss", "loss"), "measured", "o-"),
-        (("predicted", "predicted_loss"), "predicted", "s--"),
-    ):
-        key = next((k for k in keys if any(p.get(k) is not None for p in points)), None)
-        if key is not None:
-            known = [p for p in points if p.get(key) is not None]
-            axes.plot([p["parameters"] for p in known], [p[key] for p in known], style, label=label)
+    measured = [(p.parameters, p.loss, p.chosen) for p in report.frontier if p.loss is not None]
+    predicted = [(p.parameters, p.predicted, p.chosen) for p in report.frontier]
+    points = sorted(measured or [p for p in predicted if p[1] is not None])
+    axes.plot([p[0] for p in points], [p[1] for p in points], "o-", color=ACCENT)
+    chosen = [p for p in points if p[2]]
+    axes.plot([p[0] for p in chosen], [p[1] for p in chosen], "o", ms=11, color=CONSTANT)
     axes.set_xlabel("parameters")
-    axes.set_ylabel("loss")
+    axes.set_ylabel("loss" if measured else "predicted share of energy lost")
     axes.set_title(_title(report, "size against loss"))
-    axes.legend(frameon=False)
     return made
-
-
-def _as_dict(point: Any) -> dict[str, Any]:
-    return dict(point) if isinstance(point, dict) else dict(vars(point))

@@ -33,6 +33,8 @@ def page(report: Report, benchmark: Any = None) -> str:
     no name can end the element that holds it.
     """
     data = report.to_dict()
+    for point in data["frontier"]:
+        del point["eps"]  # one number a group and point: the JSON report has them
     data["benchmark"] = None if benchmark is None else benchmark.to_dict()
     text = json.dumps(_cut(data), separators=(",", ":"), allow_nan=False, default=str)
     for character in "<>&\u2028\u2029":

@@ -158,6 +158,27 @@ def test_renders_in_a_browser(report, tmp_path, theme):
         assert text in dom, text
 
 
+FRONTIER = tuple(
+    fxfib.report.Point(100 * n, 50 * n, {"0": 0.1 / n}, 0.1 / n, 1.0 / n, True, n == 3)
+    for n in range(1, 6)
+)
+
+
+@browser
+def test_frontier_and_latency_in_a_browser(report, tmp_path):
+    from fxfib.benchmarking import Benchmark, Row
+
+    row = Row("onnxruntime", "cpu", 8, 5, 2.0, 1.9, 2.2, 1.0, 0.9, 1.1, 2.0, 1.8, 2.1, 0.0, 0.0)
+    result = Benchmark("Net", 10, 5, 10, 5, (row,), {}, "on a quiet machine")
+    path = tmp_path / "report.html"
+    dataclasses.replace(report, frontier=FRONTIER).to_html(path, result)
+    dom, said = opened(path)
+    assert not said, said
+    for text in ("measured loss", "onnxruntime", "2.00 ×", "on a quiet machine"):
+        assert text in dom, text
+    assert dom.count("<circle") == len(FRONTIER)
+
+
 @browser
 def test_hostile_names_are_inert_in_a_browser(tmp_path):
     for number, name in enumerate(HOSTILE):
@@ -200,6 +221,8 @@ def test_figures(report):
     groups, layers = report.plot()
     assert "nodes of every group" in groups.axes[0].get_title()
     assert len(layers.axes[0].images) == 3
+    (*_, frontier) = dataclasses.replace(report, frontier=FRONTIER).plot()
+    assert len(frontier.axes[0].lines[0].get_xdata()) == len(FRONTIER)
     hostile = dataclasses.replace(large(3, lambda index: f"${index}_{{" + "n" * 500))
     for figure in hostile.plot():
         figure.canvas.draw()

@@ -153,7 +153,7 @@ function chart(series, options) {
     const path = one.points.map((point, at) => `${at ? "L" : "M"}${x(point[0]).toFixed(1)} ${y(point[1]).toFixed(1)}`).join("");
     svg.append(drawing("path", { d: path, fill: "none", stroke: color, "stroke-width": 2, "stroke-dasharray": number ? "5 4" : "none" }));
     for (const point of one.points) {
-      const mark = drawing("circle", { cx: x(point[0]), cy: y(point[1]), r: 4, fill: color });
+      const mark = drawing("circle", { cx: x(point[0]), cy: y(point[1]), r: point[3] ? 7 : 4, fill: color });
       mark.addEventListener("pointermove", (event) => showTip(event, [one.name, `${options.x(point[0])}, ${options.y(point[1])}`, ...(point[2] ? [point[2]] : [])]));
       mark.addEventListener("pointerleave", hideTip);
       svg.append(mark);
@@ -168,13 +168,11 @@ function chart(series, options) {
   $("frontier-card").hidden = !points.length;
   if (!points.length) return;
   points.sort((a, b) => a.parameters - b.parameters);
-  const series = [];
-  for (const [name, keys] of [["measured loss", ["measured", "measured_loss", "loss"]], ["predicted loss", ["predicted", "predicted_loss"]]]) {
-    const key = keys.find((candidate) => points.some((point) => typeof point[candidate] === "number"));
-    if (!key) continue;
-    const found = points.filter((point) => typeof point[key] === "number");
-    series.push({ name, points: found.map((point) => [point.parameters, point[key], typeof point.macs === "number" ? `${short(point.macs)} multiply-accumulates` : ""]) });
-  }
+  // What was measured; where nothing was, what was predicted (another quantity).
+  const measured = points.filter((point) => typeof point.loss === "number");
+  const predicted = points.filter((point) => typeof point.predicted === "number");
+  const [name, found, key] = measured.length ? ["measured loss", measured, "loss"] : ["predicted: share of energy lost", predicted, "predicted"];
+  const series = found.length ? [{ name, points: found.map((point) => [point.parameters, point[key], `${short(point.macs)} multiply-accumulates${point.chosen ? "; chosen" : ""}`, point.chosen]) }] : [];
   if (series.length) $("frontier").append(chart(series, { x: (value) => short(Math.max(0, value)), y: (value) => value.toPrecision(3), label: "parameters" }));
 })();
 
