@@ -136,9 +136,12 @@ def _frontier(figure: Any, report: Report) -> Any:
     """What was measured; where nothing was, what was predicted (another quantity)."""
     made = figure(figsize=(6.4, 4.0), layout="constrained")
     axes = made.add_subplot()
-    measured = [(p.parameters, p.loss, p.chosen) for p in report.frontier if p.loss is not None]
-    predicted = [(p.parameters, p.predicted, p.chosen) for p in report.frontier]
-    points = sorted(measured or [p for p in predicted if p[1] is not None])
+    measured = any(point.loss is not None for point in report.frontier)
+    points = sorted(
+        (point.parameters, value, point.chosen)
+        for point in report.frontier
+        if (value := point.loss if measured else point.predicted) is not None
+    )
     axes.plot([p[0] for p in points], [p[1] for p in points], "o-", color=ACCENT)
     chosen = [p for p in points if p[2]]
     axes.plot([p[0] for p in chosen], [p[1] for p in chosen], "o", ms=11, color=CONSTANT)
