@@ -82,8 +82,9 @@ def build(name: str, size: int, batch: int) -> tuple[Any, Any]:
     from architectures import randomize
 
     model = torchvision.models.get_model(name, weights=None).eval()
-    randomize(model)
-    return model, torch.randn(batch, 3, size, size)
+    images = torch.randn(batch, 3, size, size)
+    randomize(model, ((images,), {}))
+    return model, images
 
 
 def once(name: str, image: int, batch: int, factor: float) -> dict[str, float]:

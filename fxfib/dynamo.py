@@ -65,9 +65,10 @@ class Backend:
 
     def __post_init__(self) -> None:
         from fxfib.api import check_options
+        from fxfib.graph_pass import one_eps
         from fxfib.workshop import skip_patterns
 
-        check_options(self.eps, self.criterion, self.round_to)
+        check_options(one_eps(self.eps), self.criterion, self.round_to)
         self.skip = skip_patterns(self.skip)
         if self.watch not in WATCHES:
             known = ", ".join(repr(name) for name in WATCHES)

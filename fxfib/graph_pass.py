@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -86,7 +86,7 @@ def _merged(
     skip: Iterable[str],
     verify: bool,
 ) -> tuple[fx.GraphModule, Report]:
-    check_options(eps, criterion, round_to)
+    check_options(one_eps(eps), criterion, round_to)
     patterns = skip_patterns(skip)
     inputs = tuple(_plain(value) for value in example_inputs)
     _check(graph_module, inputs)
@@ -102,6 +102,17 @@ def _merged(
         _like_original(rewritten, graph_module, inputs)
     report.seconds.update(capture=captured.seconds, compile=time.perf_counter() - start)
     return _finished(rewritten, graph_module, report), report
+
+
+def one_eps(eps: Any) -> float:
+    """Refuses eps by patterns: layers of a captured graph need not have the names of the model.
+
+    Raises:
+        InputError: it is a mapping.
+    """
+    if isinstance(eps, Mapping):
+        raise InputError("a graph takes one eps; eps by patterns is for fxfib.compile.")
+    return eps
 
 
 def _plain(value: Any) -> Any:

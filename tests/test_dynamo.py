@@ -104,6 +104,8 @@ def test_unknown_options_are_refused():
         agrees(compiled, Net(), image())
     with pytest.raises(fxfib.InputError, match="eps must be"):
         fxfib.backend(-1.0)
+    with pytest.raises(fxfib.InputError, match="one eps"):
+        fxfib.backend({"conv": 0.1})
     with pytest.raises(fxfib.InputError, match="watch"):
         fxfib.backend(watch="sometimes")
     with pytest.raises(fxfib.InputError, match="not fxfib"):
