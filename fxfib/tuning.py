@@ -27,7 +27,7 @@ from fxfib.workshop import Workshop, skip_patterns
 
 STRATEGIES = ("marginal", "bisection")
 # Points of the path that the report shows besides those that were tried.
-SHOWN = 12
+SHOWN = 8
 # How finely the published strategy searches the eps of a layer.
 BISECTIONS = 7
 
@@ -227,19 +227,29 @@ class Search:
         def size(point: Point) -> int:
             return point.parameters if kind == "params" else point.macs
 
-        low, high = 0, len(path) - 1
         if size(original) <= limit:
             return original
-        if size(self._at(high)) > limit:
+        last = len(path) - 1
+        if size(self._at(last)) > limit:
             raise InputError(
                 f"{kind}={target:g} cannot be met: the smallest network that was found has "
-                f"{size(self._at(high)):,} ({size(self._at(high)) / self._original(kind):.3g} of "
+                f"{size(self._at(last)):,} ({size(self._at(last)) / self._original(kind):.3g} of "
                 "the original)."
             )
-        # Sizes fall along the path, but for the odd step: what is returned is counted.
+        # Predicted sizes are near; what is returned is counted.
+        predicted = path.parameters if kind == "params" else path.macs
+        place = next((p for p, s in enumerate(predicted) if s <= limit), last)
+
+        def fits(at: int) -> bool:
+            return size(self._at(at)) <= limit
+
+        if fits(place):
+            low, high = (place - 1 if not fits(place - 1) else 0), place
+        else:
+            low, high = place, (place + 1 if fits(place + 1) else last)
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if size(self._at(middle)) <= limit else (middle, high)
+            low, high = (low, middle) if fits(middle) else (middle, high)
         return self._at(high)
 
     def _original(self, kind: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from fxfib.passes.forward import Analysis
     from fxfib.passes.outlook import Outlook
 
+KEPT_TREES = 4
 # One number, or for patterns (fnmatch) of module paths one each; what no pattern names has 0.
 Eps = float | Mapping[str, float]
 
@@ -132,6 +134,8 @@ class EnergyPolicy(Policy):
     def __init__(self, eps: Eps, outlook: Outlook) -> None:
         super().__init__(eps, "energy")
         self.outlook = outlook
+        # A search colors the same rows again and again: the last trees of every value.
+        self._trees: dict[fx.Node, dict[bytes, Tree]] = {}
 
     def at(self, eps: Eps) -> EnergyPolicy:
         """The same with another eps."""
@@ -151,7 +155,14 @@ class EnergyPolicy(Policy):
             scales = np.where(length > 0, length, 1.0)
             rows, masses = rows / scales[:, None], masses * length
         match = np.zeros(size, np.int64) if form.must_match is None else form.must_match
-        return ward_tree(rows[live], masses[live], match[live]), scales, masses
+        digest = hashlib.sha256(np.ascontiguousarray(rows).tobytes())
+        digest.update(masses.tobytes() + match.tobytes() + live.tobytes())
+        kept, key = self._trees.setdefault(node, {}), digest.digest()
+        if key not in kept:
+            while len(kept) >= KEPT_TREES:
+                del kept[next(iter(kept))]
+            kept[key] = ward_tree(rows[live], masses[live], match[live])
+        return kept[key], scales, masses
 
     def factor(self, analysis: Analysis, node: fx.Node, form: Form, size: int) -> Factor:
         eps = self.eps_at(node)
