@@ -135,6 +135,9 @@ def _batched(captured: Captured) -> list[int]:
 def synthetic(captured: Captured, leaves: Sequence[Any], seed: int = 0) -> Iterator[Batch]:
     """Gaussian noise in place of floating inputs, and drawn entries of the example elsewhere.
 
+    The noise has the root mean square of the example input.  Where a linear layer alone reads it,
+    it has the directions of that layer's rows, too: training adds inputs to them.
+
     Args:
         leaves: the flat example inputs.
     """
@@ -156,10 +159,34 @@ def synthetic(captured: Captured, leaves: Sequence[Any], seed: int = 0) -> Itera
                 continue
             shape = (count, *leaf.shape[1:]) if place in batched else tuple(map(hint, leaf.shape))
             if leaf.is_floating_point():
-                drawn = torch.randn(shape, generator=generator)
+                rows = _first_rows(captured, place)
+                if rows is None:
+                    drawn = torch.randn(shape, generator=generator)
+                else:
+                    wide = torch.randn((*shape[:-1], len(rows)), generator=generator)
+                    drawn = wide @ rows / rows.square().sum(0).mean().sqrt().clamp(min=1e-30)
+                size = float(leaf.detach().float().square().mean().sqrt())
+                drawn = drawn * size if size > 0 else drawn
                 batch.append(drawn.to(leaf.dtype).to(leaf.device))
             else:
                 flat = leaf.reshape(-1)
                 index = torch.randint(len(flat), shape, generator=generator)
                 batch.append(flat[index.to(leaf.device)])
         yield tuple(batch)
+
+
+def _first_rows(captured: Captured, place: int) -> torch.Tensor | None:
+    """``[m, d]``, the weight of the linear layer that alone reads an input; None: none does."""
+    node = _placeholders(captured)[place]
+    users = [u for u in node.users if "sym_size" not in str(u.target)]
+    linear = torch.ops.aten.linear.default
+    if len(users) != 1 or users[0].target is not linear or users[0].args[0] is not node:
+        return None
+    weight = users[0].args[1]
+    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+        return None
+    found: Any = captured.graph_module
+    for part in str(weight.target).split("."):
+        found = getattr(found, part)
+    rows: torch.Tensor = found.detach().float().cpu()
+    return rows if bool(rows.any()) else None

@@ -8,6 +8,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxfib
+from fxfib.calibration import synthetic
+from fxfib.capture import capture
 from fxfib.errors import InputError
 from fxfib.passes.compensate import RIDGE
 from fxfib.passes.regression import convolution_regression, positions_of
@@ -53,8 +55,11 @@ def test_the_reader_solves_the_regularised_least_squares(calibrated: bool) -> No
     assert hidden.weight.shape[0] < 23
     assert torch.equal(hidden.weight, plain.get_submodule("0").weight)
     if calibration is None:
-        drawn = torch.Generator().manual_seed(0)
-        calibration = torch.cat([torch.randn((256, 7), generator=drawn) for _ in range(16)])
+        drawn = synthetic(capture(model, (inputs,)), [inputs])
+        calibration = torch.cat([batch for (batch,) in drawn])
+        assert calibration.shape == (4096, 7)
+        size = calibration.square().mean() / inputs.square().mean()
+        assert 0.9 < size < 1.1
     with torch.no_grad():
         a = hidden(calibration).relu().double()
         z = model(calibration).double()
