@@ -59,9 +59,6 @@ TIMM_OPTIONS: dict[str, dict[str, Any]] = {
     "deit_tiny_patch16_224": {"depth": 4},
     "deit3_small_patch16_224": {"depth": 4},
     "vit_tiny_patch16_224": {"depth": 4},
-    "gmixer_24_224": {"num_blocks": 4},
-    "gmlp_ti16_224": {"num_blocks": 4},
-    "resmlp_12_224": {"num_blocks": 4},
 }
 
 # Image sizes to try: the smallest on which a network runs will do.

@@ -56,3 +56,27 @@ def test_lifted_and_recovered(model: type[nn.Module]) -> None:
     x = torch.randn(5, *x.shape[1:])
     with torch.no_grad():
         torch.testing.assert_close(small(x), original(x), rtol=1e-4, atol=1e-5)
+
+
+class OneNode(nn.Module):
+    """An axis of one node is gone behind a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 7)
+        self.score = nn.Linear(7, 1)
+        self.last = nn.Linear(7, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        return self.last(x) * self.score(x).squeeze(-1).sigmoid().unsqueeze(-1)
+
+
+def test_an_axis_that_is_squeezed_away() -> None:
+    torch.manual_seed(3)
+    original = OneNode().eval()
+    x = torch.randn(2, 4, 3)
+    wide = fxfib.lift(original, 2.0, x, seed=1)
+    small = fxfib.compile(wide, 0.0, x)
+    assert wide.first.out_features > 7 and small.first.out_features == 7
+    assert small.score.out_features == 1
