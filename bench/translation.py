@@ -42,7 +42,7 @@ import fxfib
 
 RESULTS = Path(__file__).resolve().parent / "results" / "translation.csv"
 SHAPES = {name: {1: torch.export.Dim.AUTO} for name in ("source", "target")}
-EPS = ("trained", "0", "0.05", "0.1", "0.15", "0.2", "0.3")
+EPS = ("trained", "0", "0.1", "0.15", "0.2", "0.225", "0.25", "0.3")
 COLUMNS = (
     "eps", "parameters", "macs", "loss_val", "bleu_val", "loss_test", "bleu_test", "merged",
     "error_float32", "error_float64", "error_onnx", "onnx_sizes", "capture_s", "compile_s",
@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         part = options.output.with_suffix(".part")
         with part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, restval="")
+            writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
             writer.writeheader()
             writer.writerows(
                 done[key] for key in (*EPS, *sorted(set(done) - {*EPS})) if key in done

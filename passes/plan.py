@@ -16,6 +16,7 @@ from fxfib.passes.liveness import live_nodes
 from fxfib.passes.relations import Full, Keep, Ref, Refine, Relation
 from fxfib.passes.rules import find_rule
 from fxfib.passes.rules.linear import Embedding, LinearMap
+from fxfib.passes.rules.splitting import GetItem, Split, Unbind
 from fxfib.passes.solve import Solver
 from fxfib.signature import Form
 
@@ -171,7 +172,8 @@ def guard_shared_parameters(analysis: Analysis, tables: Mapping[fx.Node, fx.Node
     the same for all of them.
     """
     graph = analysis.graph_module.graph
-    for parameter in graph.find_nodes(op="get_attr"):
+    parameters = [piece for node in graph.find_nodes(op="get_attr") for piece in _pieces(node)]
+    for parameter in parameters:
         readers = readers_of(analysis, parameter)
         if len(readers) < 2:
             continue
@@ -198,6 +200,16 @@ def guard_shared_parameters(analysis: Analysis, tables: Mapping[fx.Node, fx.Node
                         Refine((source, axis), factor.keyed()),
                         Keep((source, axis), factor.constant & (factor.labels != ZERO)),
                     )
+
+
+def _pieces(parameter: fx.Node) -> list[fx.Node]:
+    """A parameter, or the parts that it is only read in, which have nothing in common."""
+    users = list(parameter.users)
+    if len(users) != 1 or not isinstance(find_rule(users[0]), Split | Unbind):
+        return [parameter]
+    parts = list(users[0].users)
+    numbers = {part.args[1] for part in parts if isinstance(find_rule(part), GetItem)}
+    return parts if len(numbers) == len(parts) else [parameter]
 
 
 def _alike(analysis: Analysis, sources: Sequence[fx.Node]) -> bool:

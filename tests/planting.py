@@ -208,6 +208,7 @@ class Builder:
         order: decides the order of channels in the wider network.
         unclaimed: why the result of a merge may be larger than the base network.
         candidates: parameters of copies, for near misses: (part, parameter, axis, places).
+        tables: embeddings: (part, channels, rows).
     """
 
     seed: int
@@ -220,6 +221,7 @@ class Builder:
     counter: int = 0
     scales: tuple[float, ...] = (1.0, 1.0, 0.5, 2.0, 4.0)
     before: tuple[float, ...] = (1.0, 1.0, -1.0, 2.0, -0.5)
+    tables: list[tuple[str, Copies, int]] = field(default_factory=list)
     covers: bool = False  # copies get equal errors, too: their columns sum alike over copies
 
     def __post_init__(self) -> None:

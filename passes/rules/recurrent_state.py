@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -42,9 +43,42 @@ class Start:
     remedy: str = REMEDY
 
 
+def zeros_of(state: fx.Node) -> tuple[fx.Node, list[Any]] | None:
+    """The call that fills a tensor with zeros of which a state is all or a part, and its shape.
+
+    ``hidden = x.new_zeros(layers, batch, size)`` is often made once, and ``hidden[0]`` is a state.
+    """
+    if state.target is aten.zeros.default:
+        return state, list(state.args[0])  # type: ignore[arg-type]
+    source = state.args[0] if state.args else None
+    if not isinstance(source, fx.Node):
+        return None
+    if state.target is operator.getitem and source.target is aten.unbind.int:
+        state, source = source, source.args[0]
+        dropped = True
+    elif state.target is aten.select.int:
+        dropped = True
+    elif state.target is aten.unsqueeze.default:
+        dropped = False
+    else:
+        return None
+    assert isinstance(source, fx.Node)
+    found = zeros_of(source)
+    if found is None:
+        return None
+    call, shape = found
+    axis = state.args[1] if len(state.args) > 1 else 0
+    assert isinstance(axis, int)
+    if dropped:
+        shape.pop(axis)
+    else:
+        shape.insert(axis if axis >= 0 else len(shape) + 1 + axis, 1)
+    return call, shape
+
+
 def makes_zeros(state: fx.Node) -> bool:
-    """Whether a node is a call that fills a tensor with zeros."""
-    return state.target is aten.zeros.default
+    """Whether a node is zeros, made for nothing else than their size."""
+    return zeros_of(state) is not None
 
 
 def start_of(analysis: Analysis, state: fx.Node, axis: int) -> Start:
@@ -67,12 +101,12 @@ def start_of(analysis: Analysis, state: fx.Node, axis: int) -> Start:
 
 def new_state(rewriter: Rewriter, state: fx.Node, axis: int, size: int) -> dict[fx.Node, fx.Node]:
     """The operand that replaces a state, if it is not rewritten where it comes from."""
-    if makes_zeros(state):
-        shape: list[Any] = list(state.args[0])  # type: ignore[arg-type]
-        if shape[axis] == size:
+    if (zeros := zeros_of(state)) is not None:
+        call, shape = zeros
+        if call is state and shape[axis] == size:
             return {state: rewriter.repeat(state)}
         shape[axis] = size
-        return {state: rewriter.repeat(state, changed={"size": shape})}
+        return {state: rewriter.repeat(call, changed={"size": shape})}
     if rewriter.analysis.is_constant(state):
         return {state: rewriter.constant(state, {axis: rewriter.first(state, axis)})}
     return {}

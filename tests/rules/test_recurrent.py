@@ -252,3 +252,17 @@ def test_a_compiled_loop_is_saved_loaded_and_exported(tmp_path: Path) -> None:
     again = fxfib.load(tmp_path / "loop.fxfib")
     torch.testing.assert_close(again(x), small(x), rtol=0, atol=0)
     fxfib.export_onnx(small, tmp_path / "loop.onnx", (x,))
+
+
+@pytest.mark.parametrize("kind", ["lstm", "relu"])
+def test_what_all_steps_see_alike_is_folded_into_their_weights(kind: str) -> None:
+    cls, extra = CELLS[kind]
+    torch.manual_seed(14)
+    model = Loop(cls, **extra).double().eval()
+    with torch.no_grad():
+        for parameter in model.first.parameters():
+            parameter[3] = 2.0 * parameter[2]
+        model.first.weight[5], model.first.bias[5] = 0.0, 1.5
+    small = fxfib.compile(model, 0.0, example_inputs=(INPUT,))
+    assert small.get_submodule("first").out_features == 8
+    torch.testing.assert_close(small(INPUT), model(INPUT), rtol=1e-12, atol=1e-12)
