@@ -143,7 +143,8 @@ def with_copies(name: str) -> tuple[nn.Module, Tensor, Data]:
 
     torch.manual_seed(0)
     model = torchvision.models.get_model(name, weights=None).eval()
-    randomize(model)
+    image = torch.randn(1, 3, 224, 224)
+    randomize(model, ((image,), {}))
     generator = torch.Generator().manual_seed(1)
     for block in model.modules():
         if hasattr(block, "bn2"):
@@ -151,7 +152,7 @@ def with_copies(name: str) -> tuple[nn.Module, Tensor, Data]:
         elif hasattr(block, "self_attention"):
             copied((block.self_attention.out_proj,), generator)
             copied((block.mlp[3],), generator)
-    return model, torch.randn(1, 3, 224, 224), None
+    return model, image, None
 
 
 # Every network, and the precisions at which something happens.
