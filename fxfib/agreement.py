@@ -92,7 +92,8 @@ def _close(ours: Tensor, theirs: Tensor) -> bool:
     # The same operations run in the same order; only kernels that depend on memory layout may
     # sum in another one.
     finite = theirs.double().nan_to_num(0.0, 0.0, 0.0)
-    bound = (
-        64 * torch.finfo(theirs.dtype).eps * float(finite.abs().max()) if theirs.numel() else 0.0
-    )
+    roundoff = torch.finfo(theirs.dtype).eps
+    # Behind norms and softmax a few roundings of small numbers are many of the output's.
+    roundings = 256 if roundoff < 1e-5 else 64
+    bound = roundings * roundoff * float(finite.abs().max()) if theirs.numel() else 0.0
     return torch.allclose(ours.double(), theirs.double(), rtol=0.0, atol=bound, equal_nan=True)

@@ -154,6 +154,11 @@ def fits_of(rewriter: Rewriter, small: fx.GraphModule) -> tuple[list[Fit], list[
                 f"{module_path(node)} is not fitted: its parameters are shared or computed"
             )
             continue
+        places = [a for a in axes if a != regression.axis % len(axes)]
+        if any(rewriter.size(node, a) != analysis.shape(node)[a] for a in places):
+            # Rows of both graphs would be paired that are not those of one node.
+            notes.append(f"{module_path(node)} is not fitted: what it works along merged, too")
+            continue
         levels[node] = level + 1
         rows = rewriter.rows(node, regression.axis)
         readers = list(new.users)

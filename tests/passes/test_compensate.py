@@ -220,3 +220,29 @@ def test_what_is_not_fitted_is_in_the_notes() -> None:
     small = fxfib.compile(model, 0.4, (torch.randn(4, 3, 10),), criterion="energy")
     assert small.fibration.parameters_after < small.fibration.parameters_before
     assert any(note.startswith("2 is not fitted") for note in small.fibration.notes)
+
+
+def test_a_layer_along_an_axis_that_merged_is_left_alone() -> None:
+    class Mixer(nn.Module):
+        """Channels by a layer, then tokens by another, so its rows are of channels that merged."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.channels, self.tokens = nn.Linear(5, 11), nn.Linear(7, 9)
+            self.back, self.last = nn.Linear(9, 3), nn.Linear(11, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.channels(x).relu().transpose(1, 2)
+            x = self.back(self.tokens(x).relu()).transpose(1, 2)
+            found: torch.Tensor = self.last(x)
+            return found
+
+    torch.manual_seed(5)
+    model = Mixer().eval()
+    with torch.no_grad():
+        for layer in (model.channels, model.tokens):
+            layer.weight[3:] = layer.weight[:1] + 0.01 * torch.randn_like(layer.weight[3:])
+            layer.bias[3:] = layer.bias[:1]
+    small = fxfib.compile(model, 0.1, (torch.randn(6, 7, 5),))
+    assert small.channels.out_features < 11 and small.tokens.out_features < 9
+    assert any("back is not fitted: what it works along" in n for n in small.fibration.notes)
