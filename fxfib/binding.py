@@ -15,6 +15,32 @@ _STEP = re.compile(r"_(?:modules|parameters|buffers)\[(?:'([^']*)'|\"([^\"]*)\")
 
 
 @dataclass(frozen=True)
+class Roles:
+    """What the arguments of a graph are; Dynamo tells only while it compiles the graph.
+
+    Attributes:
+        weights: positions of parameters and buffers.
+        names: of these, in the same order.
+        numbers: positions of Python numbers that come as tensors (the eps of a batch norm, say):
+            the graph does nothing but call ``item`` on them.
+    """
+
+    weights: tuple[int, ...]
+    names: tuple[str, ...]
+    numbers: tuple[int, ...]
+
+
+def roles_of(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Roles:
+    """The roles of a graph's arguments, while Dynamo compiles it."""
+    placeholders = graph_module.graph.find_nodes(op="placeholder")
+    pairs = list(enumerate(zip(placeholders, example_inputs, strict=True)))
+    weights = tuple(p for p, (node, value) in pairs if _is_weight(node, value))
+    names = _names([placeholders[position] for position in weights], graph_module)
+    numbers = tuple(p for p, (node, value) in pairs if _is_number(node, value))
+    return Roles(weights, tuple(names), numbers)
+
+
+@dataclass(frozen=True)
 class Bound:
     """A graph that holds its parameters and buffers itself.
 
@@ -23,17 +49,14 @@ class Bound:
             the given ones and have the user's own names where they can be told.
         inputs: example values of the inputs that are left: tensors, numbers, ``torch.SymInt``.
         kept: their positions among the arguments of the original graph.
-        bound: positions of the tensors that became attributes.
-        names: of these, in the same order.
-        numbers: position and value of the numbers that became constants: Dynamo may give a Python
-            number (the eps of a batch norm, say) as a tensor that the graph calls ``item`` on.
+        roles: what the arguments of the original graph are; its weights became attributes.
+        numbers: position and value of the numbers that became constants.
     """
 
     graph_module: fx.GraphModule
     inputs: tuple[Any, ...]
     kept: tuple[int, ...]
-    bound: tuple[int, ...]
-    names: tuple[str, ...]
+    roles: Roles
     numbers: tuple[tuple[int, float], ...]
 
     def rest(self, arguments: Sequence[Any]) -> list[Any]:
@@ -41,7 +64,9 @@ class Bound:
         return [arguments[position] for position in self.kept]
 
 
-def bind(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Bound:
+def bind(
+    graph_module: fx.GraphModule, example_inputs: Sequence[Any], roles: Roles | None = None
+) -> Bound:
     """Make attributes of the placeholders that Dynamo made for parameters and buffers.
 
     Sizes that are inputs of their own (``SymInt``) are read off the tensor that has them, so that
@@ -50,19 +75,13 @@ def bind(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Bound:
     Args:
         graph_module: takes flat arguments; it is not changed.
         example_inputs: one value for each placeholder; the real tensors where these are parameters.
+        roles: what an earlier :func:`bind` of the graph found; None: they are read off the graph,
+            which Dynamo allows only while it compiles it.
     """
+    if roles is None:
+        roles = roles_of(graph_module, example_inputs)
     placeholders = graph_module.graph.find_nodes(op="placeholder")
-    static = [
-        position
-        for position, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True))
-        if isinstance(value, Tensor) and _is_static(node, value)
-    ]
-    numbers = {
-        position: float(value)
-        for position, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True))
-        if _is_number(node, value)
-    }
-    names = _names([placeholders[position] for position in static], graph_module)
+    numbers = {position: float(example_inputs[position]) for position in roles.numbers}
     root = nn.Module()
     root.training = False
     for module_name in dict(graph_module.named_children()):
@@ -72,15 +91,15 @@ def bind(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Bound:
         (root._buffers, graph_module._buffers),
     ):
         own.update(theirs)  # type: ignore[arg-type]
-    for position, name in zip(static, names, strict=True):
+    for position, name in zip(roles.weights, roles.names, strict=True):
         assign(root, name, example_inputs[position])
-    kept = tuple(p for p in range(len(placeholders)) if p not in {*static, *numbers})
+    kept = tuple(p for p in range(len(placeholders)) if p not in {*roles.weights, *numbers})
     graph = fx.Graph()
     copies: dict[fx.Node, Any] = {}
     for position in kept:
         copies[placeholders[position]] = graph.node_copy(placeholders[position])
     sizes = _sizes(graph, list(copies.values()))
-    for position, name in zip(static, names, strict=True):
+    for position, name in zip(roles.weights, roles.names, strict=True):
         copies[placeholders[position]] = graph.create_node("get_attr", name)
     values = {placeholders[position]: number for position, number in numbers.items()}
 
@@ -100,8 +119,7 @@ def bind(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Bound:
         bound,
         tuple(example_inputs[position] for position in kept),
         kept,
-        tuple(static),
-        tuple(names),
+        roles,
         tuple(numbers.items()),
     )
 
@@ -114,9 +132,11 @@ def free_axes(node: fx.Node, value: Any) -> tuple[int, ...]:
     return tuple(axis for axis, size in enumerate(fake.shape) if fixed_size(size) is None)
 
 
-def _is_static(node: fx.Node, value: Tensor) -> bool:
+def _is_weight(node: fx.Node, value: Any) -> bool:
     marked = node.meta.get("tensor_dict") or {}
-    return isinstance(value, nn.Parameter) or "_dynamo_static_input_type" in marked
+    return isinstance(value, nn.Parameter) or (
+        isinstance(value, Tensor) and "_dynamo_static_input_type" in marked
+    )
 
 
 def _is_number(node: fx.Node, value: Any) -> bool:

@@ -213,7 +213,7 @@ def compile_graph(
         return options.run_inner(graph_module, example_inputs, mode)
     bound = bind(graph_module, example_inputs)
     try:
-        if any(example_inputs[position].is_inference() for position in bound.bound):
+        if any(example_inputs[position].is_inference() for position in bound.roles.weights):
             raise RefusedError("weights made in inference mode do not show when they change.")
         small, report = _merge(options, bound)
     except FxfibError as error:
@@ -264,12 +264,12 @@ class _Weights:
     """What a merged graph was made from, to be recognised at every call."""
 
     def __init__(self, bound: Bound, arguments: Sequence[Any], watch: str) -> None:
-        tensors = [arguments[position] for position in bound.bound]
+        tensors = [arguments[position] for position in bound.roles.weights]
         self.numbers = bound.numbers
         # No strong references: a compiled graph must not keep a model alive.
         self.seen = [
             (position, _reference(tensor), tensor._version, tensor.data_ptr())
-            for position, tensor in zip(bound.bound, tensors, strict=True)
+            for position, tensor in zip(bound.roles.weights, tensors, strict=True)
         ]
         # Tensors that the graph held before anything was bound are watched as they are.
         given = {tensor.data_ptr() for tensor in tensors}
@@ -278,7 +278,7 @@ class _Weights:
         self.own = [(tensor, tensor._version, tensor.data_ptr()) for tensor in own]
         self.copies: list[tuple[int, Tensor]] | None = None
         if watch == "values":
-            self.copies = [(p, arguments[p].detach().clone()) for p in bound.bound]
+            self.copies = [(p, arguments[p].detach().clone()) for p in bound.roles.weights]
 
     @property
     def alive(self) -> bool:
@@ -335,6 +335,7 @@ class MergedGraph:
         self.options = options
         self.graph_module = graph_module
         self.kept = bound.kept
+        self.roles = bound.roles
         self.mode = mode
         self.merges = [_Merge(weights, run, False)]
         self.changes = 0
@@ -366,7 +367,7 @@ class MergedGraph:
                 "(compile the model when it is trained)",
                 MOST_MERGES,
             )
-        bound = bind(self.graph_module, arguments)
+        bound = bind(self.graph_module, arguments, self.roles)
         weights = _Weights(bound, arguments, self.options.watch)
         merge = None
         if self.changes < MOST_MERGES:

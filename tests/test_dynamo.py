@@ -132,6 +132,12 @@ def test_dynamic_from_the_start_compiles_once():
     model.norm.eps = 0.5  # an input of the graph, as all numbers are here
     agrees(compiled, model, image())
     assert len(backend.graphs) == 2 == len(sizes(backend))
+    CHANGES["data ="](model)
+    agrees(compiled, model, image())
+    assert len(backend.graphs) == 3 == len(sizes(backend)), "numbers are still known as such"
+    assert {group.members for g in backend.graphs for group in g.report.merged_groups} == {
+        group.members for group in backend.graphs[0].report.merged_groups
+    }, "under the user's names"
 
 
 def test_second_call_does_not_recompile():

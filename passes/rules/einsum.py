@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx
 
 from fxfib.coloring import Value
-from fxfib.passes.rules.base import Barrier, overloads, register
+from fxfib.passes.rules.base import Barrier, register
 from fxfib.passes.rules.products import Product, ProductRule, color_product
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 class Einsum(ProductRule):
     """``einsum("bihd,bjhd->bhij", q, k)``: sums over the letters that the result lacks."""
 
-    targets = overloads("einsum")
+    targets = (torch.ops.aten.einsum.default,)
 
     def product(self, analysis: Analysis, node: fx.Node) -> Product:
         bound = analysis.arguments(node)
