@@ -85,6 +85,8 @@ class Rule:
     """One op (or a family of ops that behave alike)."""
 
     targets: ClassVar[tuple[Any, ...]] = ()
+    #: Ops by qualified name ("library::op"), which exist only once the library is imported.
+    named: ClassVar[tuple[str, ...]] = ()
     #: Node by node: an output node reads just the input nodes that ``Same`` and ``Move`` tie to it.
     pointwise: ClassVar[bool] = False
 
@@ -157,6 +159,7 @@ class Rule:
 
 
 _RULES: dict[Any, Rule] = {}
+_NAMED: dict[str, Rule] = {}
 
 
 def register(rule: type[Rule]) -> type[Rule]:
@@ -166,6 +169,10 @@ def register(rule: type[Rule]) -> type[Rule]:
         if target in _RULES:
             raise AssertionError(f"two rules for {target}")
         _RULES[target] = instance
+    for name in rule.named:
+        if name in _NAMED:
+            raise AssertionError(f"two rules for {name}")
+        _NAMED[name] = instance
     return rule
 
 
@@ -173,6 +180,8 @@ def find_rule(node: fx.Node) -> Rule | None:
     """The rule of a node's op, or None (a barrier)."""
     if node.op != "call_function":
         return None
+    if isinstance(node.target, torch._ops.OpOverload):
+        return _RULES.get(node.target) or _NAMED.get(node.target._schema.name)
     # Derivatives carry their own rule.
     return _RULES.get(node.target) or getattr(node.target, "rule", None)
 

@@ -16,6 +16,7 @@ from fxfib.passes.rules.examples.elementwise import (
     threefold,
     unary,
 )
+from fxfib.passes.rules.examples.indices import indexing
 from fxfib.passes.rules.examples.layers import convolution, embedding, linear
 from fxfib.passes.rules.examples.networks import CHANNELS, SHAPES, Example, Sandwich
 from fxfib.passes.rules.examples.norms import (
@@ -44,6 +45,7 @@ __all__ = [
     "filling",
     "glu",
     "group_norm",
+    "indexing",
     "instance_norm",
     "linear",
     "movement",
