@@ -209,6 +209,7 @@ class Builder:
         unclaimed: why the result of a merge may be larger than the base network.
         candidates: parameters of copies, for near misses: (part, parameter, axis, places).
         tables: embeddings: (part, channels, rows).
+        paddings: inputs that tell which positions are padding.
     """
 
     seed: int
@@ -222,6 +223,7 @@ class Builder:
     scales: tuple[float, ...] = (1.0, 1.0, 0.5, 2.0, 4.0)
     before: tuple[float, ...] = (1.0, 1.0, -1.0, 2.0, -0.5)
     tables: list[tuple[str, Copies, int]] = field(default_factory=list)
+    paddings: list[Any] = field(default_factory=list)
     covers: bool = False  # copies get equal errors, too: their columns sum alike over copies
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ from planting import Builder, Copies, concatenated, noise
 from torch import Tensor, nn
 
 from strategies.linear import affine
+from strategies.positions import equal_rows, mask_of, masked, opened, turn, turned_heads
 from strategies.values import Val, assign
 
 
@@ -92,14 +93,18 @@ def as_tokens(b: Builder, v: Val) -> Val:
     return v.then(b.step(lambda _, x: x.transpose(1, 2), (v.name,)), first=False)
 
 
-def fused(q: Tensor, k: Tensor, value: Tensor, scale: float, causal: bool) -> Tensor:
+def fused(
+    q: Tensor, k: Tensor, value: Tensor, scale: float, causal: bool, mask: Tensor | None
+) -> Tensor:
     """One op, with grouped queries where there are more of them than keys."""
     return F.scaled_dot_product_attention(
-        q, k, value, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, value, mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
 
 
-def written_out(q: Tensor, k: Tensor, value: Tensor, scale: float, causal: bool) -> Tensor:
+def written_out(
+    q: Tensor, k: Tensor, value: Tensor, scale: float, causal: bool, mask: Tensor | None
+) -> Tensor:
     """Product, scale, mask, softmax, product."""
     times = q.shape[1] // k.shape[1]
     if times > 1:
@@ -108,7 +113,7 @@ def written_out(q: Tensor, k: Tensor, value: Tensor, scale: float, causal: bool)
     if causal:
         later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
         scores = scores.masked_fill(later, -torch.inf)
-    return scores.softmax(-1) @ value
+    return masked(scores, mask).softmax(-1) @ value
 
 
 def attention(b: Builder, v: Val, memory: Val | None = None) -> Val | None:
@@ -121,7 +126,13 @@ def attention(b: Builder, v: Val, memory: Val | None = None) -> Val | None:
     heads = groups * b.pick((1, 1, 2))
     size, size_value = b.pick((2, 3)), b.pick((2, 3))
     width, width_value = size + b.pick((0, 1, 2)), size_value + b.pick((0, 1, 2))
-    queries = heads_of(b, heads, size, width, groups)
+    style, pairs = b.pick(("", "", "half", "interleaved")), None
+    if style:
+        pairs = heads_of(b, 1, size, width)
+        size, width = 2 * size, 2 * width
+        queries = turned_heads(b, heads, pairs, style)
+    else:
+        queries = heads_of(b, heads, size, width, groups)
     shared = np.arange(heads) % (heads // groups) == 0
     first = np.repeat(shared, width)
     keys = Copies(
@@ -135,7 +146,8 @@ def attention(b: Builder, v: Val, memory: Val | None = None) -> Val | None:
     values = heads_of(b, groups, size_value, width_value)
     # Each head has its copies on one side: equal rows there, rows that add up on the other.
     sums = b.rng.random(groups) < 0.5
-    if b.flip(0.6):
+    if b.flip(0.6) or style:
+        # Heads turned by one table shrink on one side only, all of them on the same.
         sums = np.full(groups, sums[0])
     bias = bool(v.copies.constant.any() or memory.copies.constant.any()) or b.flip(0.7)
     parts = []
@@ -147,30 +159,40 @@ def attention(b: Builder, v: Val, memory: Val | None = None) -> Val | None:
     for word, source, out, summed in every:
         found = projection(b, source, out, bias, sums=summed)
         parts.append(b.part(*layers_of(found, bias), name=word))
-        if summed is None:
-            b.candidate(parts[-1], "weight", 0, out)
-            if bias:
-                b.candidate(parts[-1], "bias", 0, out)
-    function, causal = b.pick((fused, fused, written_out)), memory is v and b.flip(0.3)
+        rows = out if summed is None else equal_rows(out, summed)
+        b.candidate(parts[-1], "weight", 0, rows)
+        if bias:
+            b.candidate(parts[-1], "bias", 0, rows)
+    turns: list[str] = []
+    if pairs is not None:
+        turns = [turn(b, style, pairs, v.space[0])]
+        turns.append(turns[0] if memory is v else turn(b, style, pairs, memory.space[0]))
+    function = b.pick((fused, fused, written_out))
+    mask = mask_of(b, v.space[0], memory.space[0], heads, square=memory is v)
     scale = size**-0.5 if b.flip(0.8) else 0.37
 
     def call(width: int, width_value: int) -> Callable[..., Tensor]:
-        def run(tree: Any, x: Tensor, y: Tensor) -> Tensor:
-            made = [
+        def run(tree: Any, x: Tensor, y: Tensor, told: Tensor) -> Tensor:
+            q, k, value = [
                 tree[part](source).unflatten(-1, (-1, w)).transpose(1, 2)
                 for part, source, w in zip(
                     parts, (x, y, y), (width, width, width_value), strict=True
                 )
             ]
-            return function(*made, scale, causal).transpose(1, 2).flatten(2)
+            if turns:
+                q, k = tree[turns[0]](q), tree[turns[1]](k)
+            causal, table = mask.kind == "causal", mask(tree, told)
+            return function(q, k, value, scale, causal, table).transpose(1, 2).flatten(2)
 
         return run
 
-    name = b.step(call(size, size_value), (v.name, memory.name), call(width, width_value))
+    sources = (v.name, memory.name, mask.source or v.name)
+    name = b.step(call(size, size_value), sources, call(width, width_value))
     b.log.append(
         f"{name} = {function.__name__} attention({v.name}, {memory.name}) heads {heads}/{groups} "
         f"of {size}/{width} and {size_value}/{width_value}, sums {sums.astype(int)}"
-        f"{'' if bias else ', no bias'}{', causal' if causal else ''}"
+        f"{'' if bias else ', no bias'}{f', {mask.kind}' if mask.kind else ''}"
+        f"{f', rotary, {style}' if style else ''}"
     )
     cut = [values.at(np.arange(k * width_value, (k + 1) * width_value)) for k in range(groups)]
     together = []
@@ -228,14 +250,38 @@ def module(b: Builder, v: Val, memory: Val | None = None) -> Val | None:
     if separate and bias:
         # The whole bias stays beside the parts of it that are made anew.
         b.unclaimed.append("a bias that is read in parts")
+    rows = [equal_rows(queries, ~sums), equal_rows(keys, sums), values]
+    if separate:
+        for word, one in zip("qkv", rows, strict=True):
+            b.candidate(part, f"{word}_proj_weight", 0, one)
+    else:
+        b.candidate(part, "in_proj_weight", 0, concatenated(rows))
+    if bias:
+        b.candidate(part, "in_proj_bias", 0, concatenated(rows))
     needed = b.flip(0.3)
-    name = b.step(
-        lambda tree, x, y: tree[part](x, y, y, need_weights=needed)[0], (source.name, memory.name)
-    )
+    mask = mask_of(b, v.space[0], memory.space[0], 0, square=memory is source)
+
+    def call(tree: Any, x: Tensor, y: Tensor, told: Tensor) -> Tensor:
+        hidden: dict[str, Any] = {}
+        if mask.kind == "padding":
+            hidden = {"key_padding_mask": ~opened(told)}
+        elif mask.kind == "padding, additive":
+            hidden = {"key_padding_mask": mask(tree, told)[:, 0, 0]}
+        elif mask.kind == "causal":
+            later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+            hidden = {"attn_mask": later}
+        elif mask.kind:
+            table = mask(tree, told)
+            hidden = {"attn_mask": ~table if table.dtype == torch.bool else table}
+        found: Tensor = tree[part](x, y, y, need_weights=needed, **hidden)[0]
+        return found
+
+    name = b.step(call, (source.name, memory.name, mask.source or source.name))
     b.candidate(part, "out_proj.weight", 0, out)
     b.log.append(
         f"{name} = MultiheadAttention attention({source.name}, {memory.name}) {heads} heads of "
         f"{size}/{width}, sums {sums.astype(int)}{'' if bias else ', no bias'}"
         f"{', separate' if separate else ''}{', weights' if needed else ''}"
+        f"{f', {mask.kind}' if mask.kind else ''}"
     )
     return source.then(name, copies=replace(out, cuts=()))

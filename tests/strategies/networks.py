@@ -32,6 +32,7 @@ from strategies.movement import (
     turned,
 )
 from strategies.norms import axis_norm, instance_norm, norm_alone
+from strategies.positions import Padding
 from strategies.recurrent import recurrent, stepped
 from strategies.uncovered import class_token, flipped, unknown
 from strategies.values import Planted, Val, assign
@@ -73,6 +74,7 @@ def source(b: Builder, name: str, sequences: bool) -> tuple[Val, Tensor]:
         b.candidate(part, "weight", 1, copies)
         b.tables.append((part, copies, len(table)))
         b.log.append(f"{made} = embedding({name}) {copies.size}/{len(copies)}")
+        b.paddings.append(Padding(name, 6))
         indices = torch.randint(0, 7, (batch, 6), generator=draw)
         return Val(made, copies, (6,), first=False), indices
     space = {
@@ -80,6 +82,8 @@ def source(b: Builder, name: str, sequences: bool) -> tuple[Val, Tensor]:
         "vector": (), "tokens": (5,),
     }[kind]  # fmt: skip
     first = kind != "tokens"
+    if not first:
+        b.paddings.append(Padding(name, space[0]))
     shape = (batch, width, *space) if first else (batch, *space, width)
     value = torch.randn(shape, generator=draw, dtype=torch.float64)
     v = Val(name, identity(width, start=b.tag() * 64 * 64), space, first)
