@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -79,8 +79,12 @@ class Movement(Rule):
             factor = grid_factor(value, ins)
             assert factor is not None
             analysis.relate(*move_relations(node, source, block))
-            factors.append(moved_factor(factor, outs, index))
+            factors.append(moved_factor(factor, outs, index, self.beside(analysis, node, ins)))
         return Value(analysis.shape(node), tuple(f for f in factors if f.axes))
+
+    def beside(self, analysis: Analysis, node: fx.Node, axes: tuple[int, ...]) -> Hashable:
+        """What the op does to all other axes: different answers where that may differ."""
+        return (str(node.target), repr(node.args[1:]), repr(node.kwargs))
 
     def backward(
         self, adjoint: Adjoint, node: fx.Node, error: Error

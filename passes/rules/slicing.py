@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -21,7 +22,12 @@ from fxfib.passes.rules.base import (
     register,
 )
 from fxfib.passes.rules.movement import Movement
-from fxfib.passes.rules.tracing import constant_factor, move_relations, moved_factor
+from fxfib.passes.rules.tracing import (
+    constant_factor,
+    move_relations,
+    moved_factor,
+    taken_factors,
+)
 
 if TYPE_CHECKING:
     from fxfib.passes.backward import Adjoint, Error
@@ -41,6 +47,11 @@ class AlongAxis(Movement):
             dims = analysis.arguments(node)[name]
             found |= {d % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims])}
         return found
+
+    def beside(self, analysis: Analysis, node: fx.Node, axes: tuple[int, ...]) -> Hashable:
+        """Nothing, where it touches no other axis."""
+        inside = self.touched(analysis, node) <= set(axes)
+        return () if inside else super().beside(analysis, node, axes)
 
 
 @register
@@ -80,7 +91,8 @@ class Repeat(Movement):
             if isinstance(times[out], int):
                 block = ((axis,), (out,), index)
                 analysis.relate(*move_relations(node, source, block))
-                factors.append(moved_factor(factor, (out,), index))
+                beside = self.beside(analysis, node, (axis,))
+                factors.append(moved_factor(factor, (out,), index, beside))
             else:
                 analysis.full(source, [axis], "it is repeated a dynamic number of times")
         return Value(analysis.shape(node), tuple(factors))
@@ -141,7 +153,11 @@ class Slice(AlongAxis):
             assert isinstance(source, fx.Node)
             analysis.full(source, [axis], "it is sliced at a computed position")
             value = analysis.color(source)
-            factors = tuple(f for f in value.factors if axis not in f.axes)
+            factors = tuple(
+                replace(f, space=("sliced", node.name, f.space))
+                for f in value.factors
+                if axis not in f.axes
+            )
             for factor in factors:
                 analysis.relate(*(Same((node, a), (source, a)) for a in factor.axes))
             return Value(analysis.shape(node), factors)
@@ -161,7 +177,7 @@ class Slice(AlongAxis):
         for own, factor in analysis.factors(source).items():
             if own != axis:
                 analysis.relate(Same((node, own), (source, own)))
-                factors.append(factor)
+                factors.append(replace(factor, space=("sliced", node.name, factor.space)))
                 continue
             factors.append(moved_factor(factor, (own,), np.arange(start, stop, step)))
             if size % step or start >= step or stop <= size - step + start:
@@ -218,17 +234,21 @@ class Select(AlongAxis):
         (axis,) = self.touched(analysis, node)
         analysis.full(source, [axis], "one position of this axis is selected")
         value = analysis.color(source)
-        factors = []
-        for own, factor in analysis.factors(source).items():
+        for own in value.tracked_axes:
             if own != axis:
-                out = own - (own > axis)
-                analysis.relate(Same((node, out), (source, own)))
-                joint = value.factor(own)
-                assert joint is not None
-                if axis in joint.axes:
-                    analysis.relate(Refine((source, own), factor.labels))
-                factors.append(Factor((out,), factor.labels, factor.scales, factor.space))
-        return Value(analysis.shape(node), tuple(factors))
+                analysis.relate(Same((node, own - (own > axis)), (source, own)))
+        index = analysis.arguments(node)["index"]
+        if isinstance(index, fx.Node):  # computed
+            factors = [
+                replace(
+                    f, axes=tuple(a - (a > axis) for a in f.axes), space=("at", node.name, f.space)
+                )
+                for f in value.factors
+                if axis not in f.axes
+            ]
+            return Value(analysis.shape(node), tuple(factors))
+        position = index % value.shape[axis]
+        return Value(analysis.shape(node), tuple(taken_factors(value, axis, position, 1)))
 
 
 @register
@@ -291,7 +311,7 @@ class IndexSelect(Movement):
         for own, factor in analysis.factors(source).items():
             if own != axis:
                 analysis.relate(Same((node, own), (source, own)))
-                factors.append(factor)
+                factors.append(replace(factor, space=("indexed", node.name, factor.space)))
             elif known:
                 positions = analysis.constant(index).numpy() % value.shape[axis]
                 analysis.relate(Move(((node, own),), (((source, own),),), positions))

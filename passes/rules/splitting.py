@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import fx
 
-from fxfib.coloring import (
-    Factor,
-    Value,
-)
+from fxfib.coloring import Value
 from fxfib.passes.relations import Move, Refine, Same
 from fxfib.passes.rules.base import (
     Rule,
@@ -23,7 +21,7 @@ from fxfib.passes.rules.base import (
     register,
 )
 from fxfib.passes.rules.slicing import AlongAxis
-from fxfib.passes.rules.tracing import moved_factor
+from fxfib.passes.rules.tracing import taken_factors
 
 if TYPE_CHECKING:
     from fxfib.passes.backward import Adjoint, Error
@@ -74,17 +72,21 @@ class Parts(AlongAxis):
         assert isinstance(source, fx.Node)
         axis = self.axis(analysis, node)
         lengths = self.lengths(analysis, node)
-        start = int(sum(lengths[:number])) if analysis.value(source).tracked(axis) else 0
-        factors = []
-        for own, factor in analysis.factors(source).items():
+        value = analysis.color(source)
+        if not value.tracked(axis) and min(lengths) < 0:
+            # Where the part lies is not known, only which one it is.
+            factors = [replace(f, space=("part", out.name, f.space)) for f in value.factors]
+            analysis.relate(*(Same((out, own), (source, own)) for own in value.tracked_axes))
+            return Value(analysis.shape(out), tuple(factors))
+        start = sum(lengths[:number])
+        positions = range(start, start + lengths[number])
+        for own in value.tracked_axes:
             if own == axis:
-                index = np.arange(start, start + lengths[number])
+                index = np.arange(positions.start, positions.stop)
                 analysis.relate(Move(((out, own),), (((source, own),),), index))
-                factors.append(moved_factor(factor, (own,), index))
             else:
                 analysis.relate(Same((out, own), (source, own)))
-                factors.append(factor)
-        return Value(analysis.shape(out), tuple(factors))
+        return Value(analysis.shape(out), tuple(taken_factors(value, axis, positions, 0)))
 
     def backward(
         self, adjoint: Adjoint, node: fx.Node, error: Error
@@ -130,13 +132,11 @@ class Unbind(Parts):
         source = node.args[0]
         assert isinstance(source, fx.Node)
         axis = self.axis(analysis, node)
-        factors = []
-        for own, factor in analysis.factors(source).items():
+        value = analysis.color(source)
+        for own in value.tracked_axes:
             if own != axis:
-                place = own - (own > axis)
-                analysis.relate(Same((out, place), (source, own)))
-                factors.append(Factor((place,), factor.labels, factor.scales, factor.space))
-        return Value(analysis.shape(out), tuple(factors))
+                analysis.relate(Same((out, own - (own > axis)), (source, own)))
+        return Value(analysis.shape(out), tuple(taken_factors(value, axis, number, 1)))
 
     def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
         return rewriter.repeat(node)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import numpy as np
@@ -155,11 +155,44 @@ def grid_factor(value: Value, axes: tuple[int, ...]) -> Factor | None:
     return Factor(axes, labels, scales, space)
 
 
-def moved_factor(factor: Factor, out_axes: tuple[int, ...], index: Labels) -> Factor:
-    """The coloring of the output of a movement."""
+def moved_factor(
+    factor: Factor, out_axes: tuple[int, ...], index: Labels, beside: Hashable = ()
+) -> Factor:
+    """The coloring of the output of a movement.
+
+    Args:
+        beside: what was done to axes that the factor does not color; a node of which other
+            positions are left, or in another order, computes something else.
+    """
     labels = factor.labels.reshape(-1)[index]
     scales = factor.scales.reshape(-1)[index]
-    return Factor(out_axes, labels, scales, ("moved", factor.space))
+    return Factor(out_axes, labels, scales, ("moved", beside, factor.space))
+
+
+def taken_factors(value: Value, axis: int, positions: int | range, shift: int) -> list[Factor]:
+    """The colorings of what is at some positions of an axis.
+
+    A joint coloring is cut, not projected: nodes that differ elsewhere may be equal here.
+
+    Args:
+        positions: of the axis; the number of one position, or a range of them.
+        shift: 1 where the axis disappears, 0 where it stays.
+    """
+    index: Any = positions if shift else list(positions)  # type: ignore[arg-type]
+    found = []
+    for factor in value.factors:
+        axes = tuple(a - shift * (a > axis) for a in factor.axes if not (shift and a == axis))
+        if not axes:
+            continue
+        if axis in factor.axes:
+            place = factor.axes.index(axis)
+            labels = factor.labels.take(index, axis=place)
+            scales = factor.scales.take(index, axis=place)
+            found.append(Factor(axes, labels, scales, factor.space))
+        else:
+            space = ("at", axis, positions, factor.space)
+            found.append(Factor(axes, factor.labels, factor.scales, space))
+    return found
 
 
 def move_relations(node: fx.Node, source: fx.Node, block: Block) -> list[Move | Same]:
