@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # what `__getattr__` below loads, for editors and type checke
     from fxfib import errors
     from fxfib.api import color, compile
     from fxfib.benchmarking import Benchmark, benchmark
+    from fxfib.breaking import ContinualBackpropagation, ShrinkAndPerturb, SymmetryBreaker
     from fxfib.dynamo import backend
     from fxfib.errors import (
         CaptureError,
@@ -31,6 +32,9 @@ if TYPE_CHECKING:  # what `__getattr__` below loads, for editors and type checke
     from fxfib.tuning import tune
 
 _HOME = {
+    "ContinualBackpropagation": "fxfib.breaking",
+    "ShrinkAndPerturb": "fxfib.breaking",
+    "SymmetryBreaker": "fxfib.breaking",
     "Theorems": "fxfib.theorems",
     "Benchmark": "fxfib.benchmarking",
     "benchmark": "fxfib.benchmarking",
@@ -49,12 +53,15 @@ _HOME = {
 __all__ = [
     "Benchmark",
     "CaptureError",
+    "ContinualBackpropagation",
     "ExportError",
     "FxfibError",
     "InputError",
     "LoadError",
     "RefusedError",
     "Report",
+    "ShrinkAndPerturb",
+    "SymmetryBreaker",
     "Theorems",
     "VerifyError",
     "__version__",
