@@ -46,7 +46,8 @@ class Index(Rule):
             if len(joint.axes) > 1:
                 # Only what holds for the axis by itself, wherever the others are indexed.
                 analysis.relate(Refine((source, own), factor.keyed()))
-            factors.append(Factor((out,), factor.labels, factor.scales, factor.space))
+            space = ("indexed", node.name, factor.space)
+            factors.append(Factor((out,), factor.labels, factor.scales, space))
         return Value(analysis.shape(node), tuple(factors))
 
     def reads(

@@ -118,6 +118,7 @@ TAKEN: dict[str, Callable[[Tensor], list[Tensor]]] = {
     **{name: lambda x, cut=cut: cut(x, 2) for name, cut in CUTS.items()},
     "step": lambda x: [x[:, :, ::2].squeeze(2), x[:, :, 1::2].squeeze(2)],
     "index": lambda x: [x.index_select(2, torch.tensor([k])).squeeze(2) for k in (0, 1)],
+    "tensor": lambda x: [x[:, :, torch.tensor([k])].squeeze(2) for k in (0, 1)],
     "flip": lambda x: [x.flip(2)[:, :, 0], x.roll(2, 2)[:, :, 0]],
 }
 
