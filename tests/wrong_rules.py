@@ -201,12 +201,12 @@ def columns_of_a_color_ignored(patch: pytest.MonkeyPatch) -> None:
 def flatten_mixes_up_positions(patch: pytest.MonkeyPatch) -> None:
     right = movement.moved_factor
 
-    def moved(factor: Factor, out: tuple[int, ...], index: Any) -> Factor:
+    def moved(factor: Factor, out: tuple[int, ...], index: Any, beside: Any = ()) -> Factor:
         if len(factor.axes) > len(out):
             index = np.sort(index.reshape(factor.labels.shape[::-1]).T.reshape(-1))[
                 np.arange(index.size).reshape(factor.labels.shape[0], -1).T.reshape(-1)
             ]
-        return right(factor, out, index)
+        return right(factor, out, index, beside)
 
     patch.setattr(movement, "moved_factor", moved)
 
