@@ -391,8 +391,9 @@ def test_no_fibers_no_overhead():
     assert kept(backend) == ["no fibers"] and seen == [5], "parameters are inputs still"
 
 
-# torch 2.11 warns about itself when inductor is imported.
+# Inductor of torch 2.11 warns about what torch itself does.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
 @pytest.mark.slow
 def test_inductor():
     model = Net()
