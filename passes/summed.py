@@ -301,6 +301,8 @@ class _Follower:
     def carrying(self, node: fx.Node, places: Labels) -> list[int]:
         """The axes of a value along which the contracted channels lie."""
         at = places[self.terms[node][0].numpy()]
+        if at.size == 0:
+            return []  # what a rotation of whole heads leaves unturned
         low = np.where(at < 0, len(places), at)
         return [a for a in range(at.ndim) if np.any(at.max(axis=a) > low.min(axis=a))]
 

@@ -68,13 +68,14 @@ class Rotary(Form):
 class Partial(Rotary):
     """As GPT-NeoX: the last channels of a head are not turned."""
 
-    def __init__(self) -> None:
+    def __init__(self, turned: int = 4) -> None:
         super().__init__()
-        angle = angles((1.0, 0.3) * 2)
+        self.turned = turned
+        angle = angles((1.0, 0.3, 0.09)[: turned // 2] * 2)
         self.cos, self.sin = angle.cos(), angle.sin()
 
     def turn(self, x: Tensor) -> Tensor:
-        return torch.cat([super().turn(x[..., :4]), x[..., 4:]], -1)
+        return torch.cat([super().turn(x[..., : self.turned]), x[..., self.turned :]], -1)
 
 
 class Interleaved(Rotary):
@@ -251,6 +252,7 @@ FORMS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "rotary, repeated": (lambda: Rotary(2, "repeated"), "qkv"),
     "rotary, class token": (lambda: Rotary(HEADS, "token"), "qkv"),
     "rotary, partial": (Partial, "qkv"),
+    "rotary, nothing left": (lambda: Partial(DEPTH), "qkv"),
     "rotary, interleaved": (Interleaved, "qkv"),
     "rotary, computed": (Computed, "v"),
     "biased heads": (Biased, "qkv"),
