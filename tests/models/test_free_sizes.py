@@ -222,6 +222,8 @@ def test_the_shapes_of_one_step_are_those_of_all() -> None:
     (node,) = [n for n in program.graph.nodes if n.target is torch.ops.aten.gru.input]
     real = layer(torch.randn(4, 2, 3))
     assert [v.shape for v in node.meta["val"]] == [v.shape for v in real]
-    unrolled = program.run_decompositions()
     x = torch.randn(4, 2, 3)
-    torch.testing.assert_close(unrolled.module()(x), layer(x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.11's, of its own tree specs
+        unrolled = program.run_decompositions().module()
+    torch.testing.assert_close(unrolled(x), layer(x))
