@@ -399,9 +399,10 @@ class Analysis:
         current, self._current = self._current, node
         for source in node.all_input_nodes:
             if is_tensor(source):
-                # A weight that nothing follows could have had fibers too.
-                weight = self.is_constant(source) and source.meta["val"].is_floating_point()
-                tracked |= weight or bool(self.value(source).tracked_axes)
+                # A weight that nothing follows could have had fibers too; positions and masks that
+                # are no floating-point numbers have none that anybody would miss.
+                if source.meta["val"].is_floating_point():
+                    tracked |= self.is_constant(source) or bool(self.value(source).tracked_axes)
                 self.full(source, None, f"{op_name(node)} reads it, and {reason}")
         self._current = current
         if self.separate:
