@@ -83,7 +83,7 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
     import torch
 
     import fxfib
-    from fxfib.benchmarking import _row
+    from fxfib.benchmarking import row_of
     from fxfib.passes.verify import difference
 
     model, args, kwargs = network(name)
@@ -158,7 +158,7 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
             lambda: all(torch.equal(v, state[k]) for k, v in wide.state_dict().items()),
         )
         calls = [lambda: direct(*one[0], **one[1]), lambda: through(*one[0], **one[1])]
-        row = _row("torch.compile", "cpu", 1, calls, rounds, gap)
+        row = row_of("torch.compile", "cpu", 1, calls, rounds, gap)
         rows.append({**common, **vars(row), "step": "backend"})
         check("outputs equal through the backend", lambda: gap.relative < 1e-4)
 

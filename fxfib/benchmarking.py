@@ -8,11 +8,7 @@ import csv
 import io
 import json
 import os
-import platform
-import statistics
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,17 +18,15 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fxfib import timing
 from fxfib.capture import normalize_inputs
 from fxfib.errors import CaptureError, FxfibError, InputError, VerifyError
-from fxfib.exporting import clone_inputs, quiet
+from fxfib.exporting import clone_inputs
 from fxfib.files import move_into_place, staging_folder
-from fxfib.onnx_check import first_line, to_numpy
+from fxfib.onnx_check import first_line
 from fxfib.passes.verify import TOLERANCE, Difference, difference
 from fxfib.refusals import unwrap
-
-RUNTIMES = ("torch", "torch.compile", "onnxruntime")
-# A sample is at least as long as this, or the clock and the scheduler are what is measured.
-SHORTEST_SAMPLE = 0.004
+from fxfib.runtimes import RUNTIMES, on_device, opened, plain_outputs, with_batch
 
 
 @dataclass(frozen=True)
@@ -206,7 +200,10 @@ def benchmark(
     skipped: dict[str, str] = {}
     total = len(places) * len(runtimes) * len(sizes)
     hidden = None if progress is None else not progress
-    with _threads(threads), tqdm(total=total, desc="benchmark", disable=hidden, leave=False) as bar:
+    with (
+        timing.torch_threads(threads),
+        tqdm(total=total, desc="benchmark", disable=hidden, leave=False) as bar,
+    ):
         for place in places:
             pair = tuple(copy.deepcopy(module).to(place).eval() for module in (model, small))
             for runtime in runtimes:
@@ -225,7 +222,7 @@ def benchmark(
         macs_after=getattr(report, "macs_after", None),
         rows=tuple(rows),
         skipped=skipped,
-        setting=_setting(rounds, threads),
+        setting=timing.setting(rounds, threads),
     )
 
 
@@ -271,16 +268,17 @@ def _measure(
         stack.enter_context(torch.inference_mode())
         try:
             runners = [
-                stack.enter_context(_runner(runtime, m, examples, place, threads)) for m in pair
+                stack.enter_context(opened(runtime, m, examples, place, threads)) for m in pair
             ]
         except FxfibError as error:
             skipped[f"{runtime} on {place}"] = str(error)
             return
         for size in sizes:
-            args, kwargs = _on(place, _batch(examples, own, size))
+            args, kwargs = on_device(place, with_batch(examples, own, size))
             try:
                 expected = [
-                    _plain(module(*clone_inputs(args), **clone_inputs(kwargs))) for module in pair
+                    plain_outputs(module(*clone_inputs(args), **clone_inputs(kwargs)))
+                    for module in pair
                 ]
             except Exception as error:
                 if size == own:
@@ -290,13 +288,13 @@ def _measure(
                 continue
             try:
                 calls = [runner(args, kwargs) for runner in runners]
-                outputs = [_plain(call()) for call in calls]
+                outputs = [plain_outputs(call()) for call in calls]
             except Exception as error:  # a runtime raises anything
                 skipped[f"{runtime} on {place}, batch size {size}"] = first_line(error)
                 continue
             for module, theirs, ours in zip(pair, expected, outputs, strict=True):
                 _verify(runtime, place, module, difference(theirs, ours))
-            yield _row(runtime, place, size, calls, rounds, difference(*outputs))
+            yield row_of(runtime, place, size, calls, rounds, difference(*outputs))
 
 
 def _verify(runtime: str, place: str, module: nn.Module, gap: Difference) -> None:
@@ -311,179 +309,11 @@ def _verify(runtime: str, place: str, module: nn.Module, gap: Difference) -> Non
         )
 
 
-def _row(
-    runtime: str,
-    place: str,
-    size: int,
-    calls: list[Callable[[], Any]],
-    rounds: int,
-    gap: Difference,
+def row_of(
+    runtime: str, place: str, size: int, calls: Sequence[timing.Call], rounds: int, gap: Difference
 ) -> Row:
-    synchronize = torch.cuda.synchronize if place.startswith("cuda") else lambda: None
-
-    def sample(call: Callable[[], Any], repeats: int) -> float:
-        synchronize()
-        start = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        synchronize()
-        return (time.perf_counter() - start) / repeats
-
-    repeats = []
-    for call in calls:
-        sample(call, 1)
-        repeats.append(max(1, round(SHORTEST_SAMPLE / max(sample(call, 1), 1e-7))))
-    times: tuple[list[float], list[float]] = ([], [])
-    for turn in range(rounds):
-        for which in (0, 1) if turn % 2 == 0 else (1, 0):
-            times[which].append(1e3 * sample(calls[which], repeats[which]))
-    ratios = [original / small for original, small in zip(*times, strict=True)]
-    return Row(
-        runtime, place, size, rounds,
-        *_spread(times[0]), *_spread(times[1]), *_spread(ratios), gap.absolute, gap.relative,
-    )  # fmt: skip
-
-
-def _spread(values: list[float]) -> tuple[float, float, float]:
-    """Median, tenth and ninetieth percentile."""
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    tenths = statistics.quantiles(values, n=10, method="inclusive")
-    return statistics.median(values), tenths[0], tenths[-1]
-
-
-Runner = Callable[[Any, Any], Callable[[], Any]]
-
-
-@contextlib.contextmanager
-def _runner(
-    runtime: str, module: nn.Module, examples: tuple[Any, Any], place: str, threads: int
-) -> Iterator[Runner]:
-    """Gives, for inputs, a call without arguments."""
-    if runtime == "onnxruntime":
-        with tempfile.TemporaryDirectory() as folder:
-            yield _onnx_runner(module, examples, place, threads, Path(folder))
-        return
-    run: Any = module if runtime == "torch" else torch.compile(module, dynamic=False)
-
-    def runner(args: Any, kwargs: Any) -> Callable[[], Any]:
-        if runtime == "torch.compile":
-            with quiet():
-                run(*args, **kwargs)
-        return lambda: run(*args, **kwargs)
-
-    yield runner
-
-
-def _onnx_runner(
-    module: nn.Module, examples: tuple[Any, Any], place: str, threads: int, folder: Path
-) -> Runner:
-    import onnxruntime  # type: ignore[import-untyped]
-
-    from fxfib.onnx import export_onnx
-
-    wanted = "CPUExecutionProvider" if place == "cpu" else "CUDAExecutionProvider"
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if wanted not in onnxruntime.get_available_providers():
-        raise InputError(f"ONNX Runtime has no {wanted} here")
-    args, kwargs = _on(place, examples)
-    with torch.inference_mode(False):
-        # Outputs are compared below, in the very session that is timed.
-        report = export_onnx(module, folder / "model.onnx", args, kwargs, verify=False)
-    session = onnxruntime.InferenceSession(str(report.path), options, providers=[wanted])
-    if wanted not in session.get_providers():
-        raise InputError(f"ONNX Runtime cannot start its {wanted} here")
-    kept = {entry.name for entry in session.get_inputs()}
-
-    def runner(args: Any, kwargs: Any) -> Callable[[], Any]:
-        leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        feed = {n: to_numpy(t) for n, t in zip(report.inputs, leaves, strict=True) if n in kept}
-        if place == "cpu":
-            return lambda: session.run(list(report.outputs), feed)
-        binding = session.io_binding()
-        for name, value in feed.items():
-            binding.bind_ortvalue_input(
-                name, onnxruntime.OrtValue.ortvalue_from_numpy(value, "cuda", 0)
-            )
-        for name in report.outputs:
-            binding.bind_output(name, "cuda")
-
-        def call() -> Any:
-            session.run_with_iobinding(binding)
-            return binding.copy_outputs_to_cpu
-
-        return call
-
-    return runner
-
-
-def _plain(outputs: Any) -> list[Any]:
-    """Tensors on the CPU, whatever runtime made them."""
-    from fxfib.onnx_flat import as_dicts
-
-    if callable(outputs):
-        outputs = outputs()
-    leaves = pytree.tree_leaves(as_dicts(outputs))
-    return [
-        leaf.detach().cpu() if isinstance(leaf, Tensor) else torch.from_numpy(leaf.copy())
-        for leaf in leaves
-        if hasattr(leaf, "shape")
-    ]
-
-
-def _batch(examples: tuple[Any, Any], own: int, size: int) -> tuple[Any, Any]:
-    """The examples with their rows repeated or cut."""
-
-    def resized(tensor: Tensor) -> Tensor:
-        if not tensor.ndim or tensor.shape[0] != own or own == size:
-            return tensor
-        return tensor[torch.arange(size, device=tensor.device) % own]
-
-    resized_examples: tuple[Any, Any] = pytree.tree_map_only(Tensor, resized, examples)
-    return resized_examples
-
-
-def _on(place: str, examples: tuple[Any, Any]) -> tuple[Any, Any]:
-    moved: tuple[Any, Any] = pytree.tree_map_only(
-        Tensor, lambda tensor: tensor.detach().to(place).clone(), examples
-    )
-    return moved
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _setting(rounds: int, threads: int) -> str:
-    import onnxruntime
-
-    parts = [
-        f"median of {rounds} interleaved rounds (tenth to ninetieth percentile)",
-        f"{threads} thread{'s' if threads > 1 else ''}",
-        _processor(),
-        f"torch {torch.__version__}",
-        f"onnxruntime {onnxruntime.__version__}",
-    ]
-    if torch.cuda.is_available():
-        parts.insert(3, torch.cuda.get_device_name())
-    return ", ".join(parts)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next(
-            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name} ({os.cpu_count()} cores)"
+    """Times two calls, the original's and the small one's, whose outputs differ by a gap."""
+    original, small = timing.in_turns(calls, rounds, place)
+    ratio = timing.spread(timing.ratios(original, small))
+    both = (*timing.spread(original), *timing.spread(small))
+    return Row(runtime, place, size, rounds, *both, *ratio, gap.absolute, gap.relative)

@@ -75,12 +75,12 @@ def test_models_threads_and_modes_are_left_alone():
 
 def test_a_wrong_runtime_is_caught(monkeypatch):
     """Outputs are compared before anything is timed."""
-    from fxfib import benchmarking
+    from fxfib import runtimes
 
     model, inputs = network(), torch.randn(2, 7)
-    right = benchmarking._onnx_runner
+    right = runtimes._onnx_runner
     monkeypatch.setattr(
-        benchmarking,
+        runtimes,
         "_onnx_runner",
         lambda module, *rest: right(nn.Sequential(module, nn.Sigmoid()).eval(), *rest),
     )
