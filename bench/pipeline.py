@@ -1,7 +1,7 @@
 """Every way a compiled network is run: equal outputs first, then latency beside the original.
 
-    python bench/pipeline.py                     # all networks; resumable, one process each
-    python bench/pipeline.py mlp lstm --rounds 50
+    python bench/pipeline.py                     # what is missing, one process a network
+    python bench/pipeline.py mlp lstm --rounds 50 --steps torch onnxruntime --again
 
 Each network is lifted by 1.5 and compiled back.  ``step`` says what a row compares:
 
@@ -19,7 +19,6 @@ import argparse
 import csv
 import hashlib
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -36,6 +35,7 @@ COLUMNS = (
 )  # fmt: skip
 VISION = {"resnet18": 128, "mobilenet_v2": 128, "resnet50": 128, "vit_b_16": 224}
 NAMES = ("mlp", "lstm", "bert", *VISION)
+STEPS = ("checks", "torch", "onnxruntime", "backend")
 
 
 def network(name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
@@ -77,109 +77,167 @@ def network(name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     return model, (), {"input_ids": torch.randint(0, 1000, (2, 64))}
 
 
-def measure(name: str, rounds: int) -> list[dict[str, Any]]:
-    """All rows of one network."""
-    import onnxruntime
+def processor() -> str:
+    """The machine in words."""
+    from fxfib import timing
+
+    return timing.processor()
+
+
+def tensors(outputs: Any) -> list[Any]:
+    """The tensors of nested outputs."""
     import torch
 
-    import fxfib
-    from fxfib.benchmarking import row_of
-    from fxfib.passes.verify import difference
+    return torch.utils._pytree.tree_leaves(dict(outputs) if hasattr(outputs, "keys") else outputs)
 
-    model, args, kwargs = network(name)
-    wide = fxfib.lift(model, 1.5, args, example_kwargs=kwargs)
-    small = fxfib.compile(wide, 0.0, args, kwargs)
-    size = {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "parameters_lifted": sum(p.numel() for p in wide.parameters()),
-        "parameters_compiled": sum(p.numel() for p in small.parameters()),
-    }
-    common = {
-        "model": name, **size, "image": VISION.get(name, ""), "threads": torch.get_num_threads(),
-        "machine": platform.machine(), "torch": torch.__version__,
-        "onnxruntime": onnxruntime.__version__, "fxfib": fxfib.__version__,
-        "load": round(os.getloadavg()[0], 1),
-    }  # fmt: skip
-    rows: list[dict[str, Any]] = []
-    held: list[str] = []
-    failures: list[str] = []
 
-    def check(what: str, test: Callable[[], Any]) -> None:
+class Subject:
+    """A network, the lifted one, and what compiling makes of that."""
+
+    def __init__(self, name: str, rounds: int) -> None:
+        import onnxruntime
+        import torch
+
+        import fxfib
+
+        self.name, self.rounds = name, rounds
+        self.model, self.args, self.kwargs = network(name)
+        self.wide = fxfib.lift(self.model, 1.5, self.args, example_kwargs=self.kwargs)
+        self.small = fxfib.compile(self.wide, 0.0, self.args, self.kwargs)
+        self.one = torch.utils._pytree.tree_map_only(
+            torch.Tensor, lambda t: t[:1].clone(), (self.args, self.kwargs)
+        )
+        torch._dynamo.config.allow_rnn = True  # else recurrent layers are graph breaks
+        self.common = {
+            "model": name,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "parameters_lifted": sum(p.numel() for p in self.wide.parameters()),
+            "parameters_compiled": sum(p.numel() for p in self.small.parameters()),
+            "image": VISION.get(name, ""), "threads": torch.get_num_threads(),
+            "machine": processor(), "torch": torch.__version__,
+            "onnxruntime": onnxruntime.__version__, "fxfib": fxfib.__version__,
+            "load": round(os.getloadavg()[0], 1),
+        }  # fmt: skip
+
+    def side_by_side(self, runtime: str) -> list[dict[str, Any]]:
+        """The original beside the compiled one in a runtime."""
+        import fxfib
+
         try:
-            (held if test() else failures).append(what)
-        except Exception as error:  # a row says what failed; the rest goes on
-            failures.append(f"{what}: {type(error).__name__}: {str(error).splitlines()[0][:160]}")
+            result = fxfib.benchmark(
+                self.model, self.small, self.args, self.kwargs, runtimes=(runtime,),
+                devices=["cpu"], batch_sizes=(1,) if self.name == "vit_b_16" else (1, 8),
+                rounds=self.rounds,
+            )  # fmt: skip
+        except fxfib.FxfibError as error:
+            return [{**self.common, "step": runtime, "failure": str(error)}]
+        rows = [{**self.common, **vars(row), "step": runtime} for row in result.rows]
+        rows += [{**self.common, "step": runtime, "failure": w} for w in result.skipped.values()]
+        return rows
 
-    def tensors(outputs: Any) -> list[Any]:
-        return torch.utils._pytree.tree_leaves(
-            dict(outputs) if hasattr(outputs, "keys") else outputs
-        )
+    def backend(self) -> list[dict[str, Any]]:
+        """The small module under inductor beside the lifted one under our backend."""
+        import torch
 
-    try:
-        result = fxfib.benchmark(
-            model, small, args, kwargs, runtimes=("torch", "onnxruntime"), devices=["cpu"],
-            batch_sizes=(1,) if name == "vit_b_16" else (1, 8), rounds=rounds,
-        )  # fmt: skip
-        for row in result.rows:
-            rows.append({**common, **vars(row), "step": row.runtime})
-        failures += [f"{what}: {why}" for what, why in result.skipped.items()]
-    except fxfib.FxfibError as error:
-        failures.append(str(error))
+        import fxfib
+        from fxfib.benchmarking import row_of
+        from fxfib.passes.verify import difference
 
-    with tempfile.TemporaryDirectory() as folder:
-        _onnx_checks(fxfib, small, args, kwargs, Path(folder), check)
+        args, kwargs = self.one
+        direct = torch.compile(self.small, dynamic=False)
+        through = torch.compile(self.wide, backend=fxfib.backend(), fullgraph=True, dynamic=False)
+        with torch.inference_mode():
+            gap = difference(tensors(direct(*args, **kwargs)), tensors(through(*args, **kwargs)))
+            calls = [lambda: direct(*args, **kwargs), lambda: through(*args, **kwargs)]
+            row = row_of("torch.compile", "cpu", 1, calls, self.rounds, gap)
+        return [{**self.common, **vars(row), "step": "backend"}]
 
-    backend = fxfib.backend()
-    torch._dynamo.config.allow_rnn = True  # else recurrent layers are graph breaks
-    one = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t[:1].clone(), (args, kwargs))
-    with torch.inference_mode():
-        expected = tensors(model(*one[0], **one[1]))
-        direct = torch.compile(small, dynamic=False)
-        through = torch.compile(wide, backend=backend, fullgraph=True, dynamic=False)
-        direct(*one[0], **one[1])
-        state = {key: value.clone() for key, value in wide.state_dict().items()}
-        found = tensors(through(*one[0], **one[1]))
-        gap = difference(expected, found)
-        merged = [graph.report for graph in backend.graphs if not graph.note]
-        check("one graph merged", lambda: len(backend.graphs) == len(merged) == 1)
-        check(
-            "the backend finds the same size",
-            lambda: merged[0].parameters_after == small.fibration.parameters_after,
-        )
+    def checks(self) -> list[dict[str, Any]]:
+        """What must hold besides times."""
+        import torch
 
-        def no_recompile() -> bool:
-            with torch._dynamo.config.patch(error_on_recompile=True):
-                through(*one[0], **one[1])
-            return True
+        import fxfib
+        from fxfib.passes.verify import difference
 
-        check("a second call does not recompile", no_recompile)
+        held: list[str] = []
+        failures: list[str] = []
+
+        def check(what: str, test: Callable[[], Any]) -> None:
+            try:
+                (held if test() else failures).append(what)
+            except Exception as error:  # a row says what failed; the rest goes on
+                line = str(error).splitlines()[0][:160]
+                failures.append(f"{what}: {type(error).__name__}: {line}")
+
+        with tempfile.TemporaryDirectory() as folder:
+            _onnx_checks(fxfib, self.small, self.args, self.kwargs, Path(folder), check)
+        args, kwargs = self.one
+        state = {key: value.clone() for key, value in self.wide.state_dict().items()}
+        before = _global_state(self.wide)
+        backend = fxfib.backend()
+        with torch.inference_mode():
+            expected = tensors(self.model(*args, **kwargs))
+            through = torch.compile(self.wide, backend=backend, fullgraph=True, dynamic=False)
+            gap = difference(expected, tensors(through(*args, **kwargs)))
+            merged = [graph.report for graph in backend.graphs if not graph.note]
+            check("outputs equal through the backend", lambda: gap.relative < 1e-4)
+            check("one graph merged", lambda: len(backend.graphs) == len(merged) == 1)
+            check(
+                "the backend finds the same size",
+                lambda: merged[0].parameters_after == self.small.fibration.parameters_after,
+            )
+
+            def no_recompile() -> bool:
+                with torch._dynamo.config.patch(error_on_recompile=True):
+                    through(*args, **kwargs)
+                return True
+
+            check("a second call does not recompile", no_recompile)
+
+            def with_options(batch: Any, **options: Any) -> bool:
+                torch._dynamo.reset()
+                free = fxfib.backend(inner=options.pop("inner", "inductor"))
+                run = torch.compile(self.wide, backend=free, fullgraph=True, **options)
+                args, kwargs = batch
+                wanted = tensors(self.model(*args, **kwargs))
+                error = difference(wanted, tensors(run(*args, **kwargs)))
+                return error.relative < 1e-4 and all(not graph.note for graph in free.graphs)
+
+            whole = (self.args, self.kwargs)
+            check(
+                "dynamic=True and fullgraph=True",
+                lambda: with_options(whole, dynamic=True, inner="aot_eager"),
+            )
+            check("mode", lambda: with_options(self.one, dynamic=False, mode="reduce-overhead"))
         check(
             "the model is as it was",
-            lambda: all(torch.equal(v, state[k]) for k, v in wide.state_dict().items()),
+            lambda: all(torch.equal(v, state[k]) for k, v in self.wide.state_dict().items()),
         )
-        calls = [lambda: direct(*one[0], **one[1]), lambda: through(*one[0], **one[1])]
-        row = row_of("torch.compile", "cpu", 1, calls, rounds, gap)
-        rows.append({**common, **vars(row), "step": "backend"})
-        check("outputs equal through the backend", lambda: gap.relative < 1e-4)
+        check("mode and torch's state are as they were", lambda: _global_state(self.wide) == before)
+        row = {"step": "checks", "note": "; ".join(held), "failure": "; ".join(failures)}
+        return [{**self.common, **row, "relative_error": gap.relative}]
 
-        def dynamic() -> bool:
-            free = fxfib.backend(inner="aot_eager")
-            torch._dynamo.reset()
-            run = torch.compile(wide, backend=free, dynamic=True, fullgraph=True)
-            error = difference(tensors(model(*args, **kwargs)), tensors(run(*args, **kwargs)))
-            return error.relative < 1e-4 and all(not graph.note for graph in free.graphs)
+    def rows(self, step: str) -> list[dict[str, Any]]:
+        """All rows of a step."""
+        if step in ("torch", "onnxruntime"):
+            return self.side_by_side(step)
+        return self.backend() if step == "backend" else self.checks()
 
-        check("dynamic=True and fullgraph=True", dynamic)
-    rows.append(
-        {
-            **common,
-            "step": "checks",
-            "note": "; ".join(held),
-            "failure": "; ".join(failures),
-            "relative_error": gap.relative,
-        }
-    )
-    return rows
+
+def _global_state(model: Any) -> tuple[Any, ...]:
+    """What of a model and of torch nobody may change."""
+    import logging
+
+    import torch
+
+    return (
+        [module.training for module in model.modules()],
+        [parameter.requires_grad for parameter in model.parameters()],
+        torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_num_threads(),
+        torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(),
+        torch.backends.mkldnn.enabled, torch.get_float32_matmul_precision(),
+        logging.root.manager.disable, torch.get_rng_state().tolist(),
+    )  # fmt: skip
 
 
 def _onnx_checks(
@@ -224,7 +282,8 @@ def earlier(path: Path) -> list[dict[str, Any]]:
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """All rows, in one step."""
+    """All rows, in the order of networks and steps, in one step."""
+    rows.sort(key=lambda row: (NAMES.index(row["model"]), STEPS.index(row["step"])))
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
@@ -237,7 +296,9 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what is missing, each network in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="*", help=f"of {', '.join(NAMES)}; by default all missing")
+    parser.add_argument("models", nargs="*", help=f"of {', '.join(NAMES)}; by default all")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
+    parser.add_argument("--again", action="store_true", help="also what the CSV has already")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
@@ -246,18 +307,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
     if options.here:
         (name,) = options.models
-        rows = measure(name, options.rounds)
-        write(options.output, [r for r in earlier(options.output) if r["model"] != name] + rows)
+        subject = Subject(name, options.rounds)
+        for step in options.steps:
+            found = subject.rows(step)
+            kept = [r for r in earlier(options.output) if (r["model"], r["step"]) != (name, step)]
+            write(options.output, kept + found)
         return 0
-    done = {row["model"] for row in earlier(options.output)}
+    done = {(row["model"], row["step"]) for row in earlier(options.output)}
     failed = 0
-    for name in options.models or [name for name in NAMES if name not in done]:
+    for name in options.models or NAMES:
+        steps = [s for s in options.steps if options.again or (name, s) not in done]
+        if not steps:
+            continue
         command = [sys.executable, __file__, name, "--here", "--rounds", str(options.rounds)]
         print(name, flush=True)
-        failed += subprocess.run([*command, "--output", str(options.output)]).returncode != 0
+        command += ["--output", str(options.output), "--steps", *steps]
+        failed += subprocess.run(command).returncode != 0
     for row in earlier(options.output):
         times = f"{row['original_ms']} -> {row['small_ms']} ms, ratio {row['ratio']}"
-        text = row["failure"] or row["note"] if row["step"] == "checks" else times
+        text = row["failure"] or (row["note"] if row["step"] == "checks" else times)
         print(f"{row['model']:<13} {row['step']:<12} {row['batch']:>3}  {text}")
     return 1 if failed else 0
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # what `__getattr__` below loads, for editors and type checke
     from fxfib.serialize import load, save
     from fxfib.theorems import Theorems, check
     from fxfib.tuning import tune
+    from fxfib.widths import Widths, measure_widths
 
 _HOME = {
     "ContinualBackpropagation": "fxfib.breaking",
@@ -48,6 +49,8 @@ _HOME = {
     "save": "fxfib.serialize",
     "tune": "fxfib.tuning",
     "Report": "fxfib.report",
+    "Widths": "fxfib.widths",
+    "measure_widths": "fxfib.widths",
 }
 
 __all__ = [
@@ -64,6 +67,7 @@ __all__ = [
     "SymmetryBreaker",
     "Theorems",
     "VerifyError",
+    "Widths",
     "__version__",
     "backend",
     "benchmark",
@@ -74,6 +78,7 @@ __all__ = [
     "export_onnx",
     "lift",
     "load",
+    "measure_widths",
     "save",
     "tune",
 ]

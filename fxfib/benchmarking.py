@@ -65,7 +65,8 @@ class Benchmark:
     Attributes:
         model: class name.
         parameters_before, parameters_after: numbers of parameter elements.
-        macs_before, macs_after: multiply-accumulates of one example, where the report knows them.
+        macs_before, macs_after: multiply-accumulates of one example, where the report of the small
+            model knows them: that before only if it was made from a model of the same size.
         rows: the measurements.
         skipped: what was not measured, and why.
         setting: threads, rounds, machine and versions, in words.
@@ -214,11 +215,13 @@ def benchmark(
                     rows.append(row)
                     bar.update()
     report = getattr(small, "fibration", None)
+    before = sum(p.numel() for p in model.parameters())
+    of_this = report is not None and report.parameters_before == before
     return Benchmark(
         model=type(model).__name__,
-        parameters_before=sum(p.numel() for p in model.parameters()),
+        parameters_before=before,
         parameters_after=sum(p.numel() for p in small.parameters()),
-        macs_before=getattr(report, "macs_before", None),
+        macs_before=getattr(report, "macs_before", None) if of_this else None,
         macs_after=getattr(report, "macs_after", None),
         rows=tuple(rows),
         skipped=skipped,

@@ -30,6 +30,8 @@ class Point:
         loss: measured on the data; None: not measured.
         made: whether it was really made.
         chosen: whether it is what was returned.
+        milliseconds: its median latency where that was the target; None: not measured.
+        latency: the same as a part of the original's.
     """
 
     parameters: int
@@ -39,18 +41,27 @@ class Point:
     loss: float | None = None
     made: bool = False
     chosen: bool = False
+    milliseconds: float | None = None
+    latency: float | None = None
 
 
 class Store:
     """Points that were made, in memory and, where a path is given, in a file.
 
-    The file belongs to one search: another model, other options or other data start afresh.
+    The file belongs to one search: another model, other options or other data start afresh, and so
+    does another place (runtime, threads and machine in words) where latency is measured.
     """
 
-    def __init__(self, path: str | None, workshop: Workshop, evaluator: Evaluator | None) -> None:
+    def __init__(
+        self,
+        path: str | None,
+        workshop: Workshop,
+        evaluator: Evaluator | None,
+        place: str | None = None,
+    ) -> None:
         self.path = None if path is None else Path(path)
         self.points: dict[Key, Point] = {}
-        self.mark = "" if path is None else _mark(workshop, evaluator)
+        self.mark = "" if path is None else _mark(workshop, evaluator, place)
         if self.path is not None and self.path.exists():
             kept = json.loads(self.path.read_text())
             if kept.get("search") == self.mark:
@@ -77,7 +88,7 @@ class Store:
             move_into_place(staged, self.path)
 
 
-def _mark(workshop: Workshop, evaluator: Evaluator | None) -> str:
+def _mark(workshop: Workshop, evaluator: Evaluator | None, place: str | None) -> str:
     """What the results of a search depend on, as a hash."""
     digest = hashlib.sha256()
     for name, tensor in workshop.graph_module.state_dict().items():
@@ -86,7 +97,7 @@ def _mark(workshop: Workshop, evaluator: Evaluator | None) -> str:
         digest.update(value.view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
     options = (
         workshop.criterion, workshop.compensate, workshop.refine, workshop.round_to, workshop.skip,
-        None if evaluator is None else evaluator.original,
+        None if evaluator is None else evaluator.original, place,
     )  # fmt: skip
     digest.update(repr(options).encode())
     if workshop.compensate or workshop.calibration is not None:

@@ -13,9 +13,9 @@ from fxfib.passes.rules.base import hint
 
 aten = torch.ops.aten
 
-_LINEAR = {aten.linear.default, aten.addmm.default, aten.mm.default, aten.bmm.default}
-_LINEAR |= {aten.matmul.default, aten.baddbmm.default}
-_CONVOLUTIONS = {
+LINEAR = {aten.linear.default, aten.addmm.default, aten.mm.default, aten.bmm.default}
+LINEAR |= {aten.matmul.default, aten.baddbmm.default}
+CONVOLUTIONS = {
     getattr(aten, name).default
     for name in ("conv1d", "conv2d", "conv3d")
     if hasattr(getattr(aten, name), "default")
@@ -72,14 +72,14 @@ def macs_by_node(
         out = math.prod(shape(node)) if tensor else 0
         if not tensor:
             pass
-        elif node.target in _LINEAR:
+        elif node.target in LINEAR:
             left = (
                 node.args[1]
                 if node.target in (aten.addmm.default, aten.baddbmm.default)
                 else (node.args[0])
             )
             total += out * shape(left)[-1]
-        elif node.target in _CONVOLUTIONS or node.target is aten.convolution.default:
+        elif node.target in CONVOLUTIONS or node.target is aten.convolution.default:
             total += out * math.prod(shape(node.args[1])[1:])
         elif node.target in _TRANSPOSED:
             total += math.prod(shape(node.args[0])) * math.prod(shape(node.args[1])[1:])

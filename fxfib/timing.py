@@ -19,7 +19,9 @@ Call = Callable[[], Any]
 SHORTEST_SAMPLE = 0.004
 
 
-def in_turns(calls: Sequence[Call], rounds: int, place: str = "cpu") -> list[list[float]]:
+def in_turns(
+    calls: Sequence[Call], rounds: int, place: str = "cpu", shortest: float = SHORTEST_SAMPLE
+) -> list[list[float]]:
     """Milliseconds of every call in every round, after two calls to warm up.
 
     Every round times all calls, every second one in reverse, so that whatever else the machine does
@@ -29,6 +31,7 @@ def in_turns(calls: Sequence[Call], rounds: int, place: str = "cpu") -> list[lis
         calls: what to time.
         rounds: how often each.
         place: the device they run on.
+        shortest: seconds that a measurement takes at least; calls are repeated until then.
     """
     synchronize = torch.cuda.synchronize if place.startswith("cuda") else lambda: None
 
@@ -43,7 +46,7 @@ def in_turns(calls: Sequence[Call], rounds: int, place: str = "cpu") -> list[lis
     repeats = []
     for call in calls:
         sample(call, 1)
-        repeats.append(max(1, round(SHORTEST_SAMPLE / max(sample(call, 1), 1e-7))))
+        repeats.append(max(1, round(shortest / max(sample(call, 1), 1e-7))))
     times: list[list[float]] = [[] for _ in calls]
     order = range(len(calls))
     for turn in range(rounds):
@@ -76,12 +79,13 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def setting(rounds: int, threads: int) -> str:
+def setting(rounds: int, threads: int, what: str = "median") -> str:
     """How and where something was measured."""
     import onnxruntime  # type: ignore[import-untyped]
 
+    between = " (tenth to ninetieth percentile)" if what == "median" else ""
     parts = [
-        f"median of {rounds} interleaved rounds (tenth to ninetieth percentile)",
+        f"{what} of {rounds} interleaved rounds{between}",
         f"{threads} thread{'s' if threads > 1 else ''}",
         processor(),
         f"torch {torch.__version__}",

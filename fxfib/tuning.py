@@ -16,8 +16,9 @@ from fxfib.certificate import batch_of
 from fxfib.errors import InputError
 from fxfib.evaluation import Evaluator
 from fxfib.frontier import Point, Store
+from fxfib.latency import Stopwatch, Target, check_runtime, setting_of, target_of, widths_for
 from fxfib.macs import macs_of
-from fxfib.modules import FibrationModule
+from fxfib.modules import FibrationModule, raise_modules
 from fxfib.passes.costs import Costs
 from fxfib.passes.curves import curves_of
 from fxfib.passes.groups import groups_of
@@ -28,6 +29,9 @@ from fxfib.workshop import Workshop, skip_patterns
 STRATEGIES = ("marginal", "bisection")
 # Points of the path that the report shows besides those that were tried.
 SHOWN = 8
+# Networks as near as this, as a part of the original's multiply-accumulates, cannot be told apart
+# by their times.
+NEAR_MACS = 1 / 256
 # How finely the published strategy searches the eps of a layer.
 BISECTIONS = 7
 
@@ -43,13 +47,14 @@ def tune(
     max_loss_increase: float | None = None,
     params: float | None = None,
     macs: float | None = None,
-    latency: float | None = None,
+    latency: float | str | None = None,
+    runtime: str = "onnxruntime",
     criterion: str = "energy",
     strategy: str = "marginal",
     calibration: Any = None,
     compensate: bool = True,
     refine: int = 0,
-    round_to: int | None = None,
+    round_to: int | str | None = None,
     skip: Iterable[str] = (),
     verify: bool = True,
     resume: str | None = None,
@@ -74,11 +79,17 @@ def tune(
         max_loss_increase: the loss may exceed the original's by this much; the smallest such
             network is returned.  Needs data.
         params, macs: at most so many: a count, or, below or equal to 1, a fraction of the original.
-        latency: not available yet; must be None.
+        latency: one call with the example inputs takes at most so long in ``runtime``: a part of
+            the original's time (0.5), or a time with its unit ("2.5 ms").  Networks are timed
+            beside the original, in turns, on as many threads as torch has now.
+        runtime: ``"onnxruntime"``, ``"torch"`` or ``"torch.compile"``: where latency is measured,
+            and ``round_to="auto"``.
         criterion: as for :func:`fxfib.compile`; only ``"energy"`` can be predicted, the others need
             ``strategy="bisection"``.
         strategy: see above.
-        calibration, compensate, refine, round_to, skip, verify: as for :func:`fxfib.compile`.
+        calibration, compensate, refine, skip, verify: as for :func:`fxfib.compile`.
+        round_to: as there; ``"auto"``: the multiple that :func:`fxfib.measure_widths` finds to pay
+            for the layers of this network, told in the report's notes.
         resume: a file; what was evaluated is kept there, and not evaluated again by a later call of
             the same search.
         progress: show a progress bar on standard error; None: only on a terminal.
@@ -93,8 +104,14 @@ def tune(
         as :func:`fxfib.compile`.
     """
     targets = {"max_loss_increase": max_loss_increase, "params": params, "macs": macs}
-    _check(targets, latency, criterion, strategy, data, loss_fn)
-    check_options(0.0, criterion, round_to)
+    aim = None if latency is None else target_of(latency)
+    targets["latency"] = None if aim is None else aim.ratio or aim.milliseconds
+    _check(targets, criterion, strategy, data, loss_fn)
+    check_runtime(runtime)
+    fixed = None if isinstance(round_to, str) else round_to
+    if isinstance(round_to, str) and round_to != "auto":
+        raise InputError(f"round_to must be a positive whole number or 'auto', not {round_to!r}.")
+    check_options(0.0, criterion, fixed)
     if example_inputs is None and not example_kwargs:
         raise InputError("tune needs example_inputs: the arguments of one call.")
     with tqdm(desc="fxfib tune", disable=None if progress is None else not progress,
@@ -112,22 +129,34 @@ def tune(
             calibration=calibration,
             compensate=compensate,
             refine=refine,
-            round_to=round_to,
+            round_to=fixed,
             skip=skip_patterns(skip),
             step=step,
         )
+        measured: list[str] = []
+        if round_to == "auto":
+            step("measure widths")
+            workshop.round_to, note = widths_for(workshop.graph_module, runtime)
+            measured.append(note)
         evaluator = None if data is None else Evaluator(workshop.captured, data, loss_fn)
-        search = Search(workshop, evaluator, Store(resume, workshop, evaluator))
+        place = None if aim is None else setting_of(runtime)
+        search = Search(workshop, evaluator, Store(resume, workshop, evaluator, place))
         if strategy == "bisection":
             assert max_loss_increase is not None
             best = search.layer_by_layer(max_loss_increase)
         elif max_loss_increase is not None:
             best = search.within_loss(max_loss_increase)
+        elif aim is not None:
+            with Stopwatch(
+                workshop.captured.source, example_inputs, example_kwargs, runtime
+            ) as watch:
+                best = search.within_latency(aim, watch)
+                measured.append(watch.note(best.milliseconds or 0.0, best.latency or 0.0))
         else:
             kind = "params" if params is not None else "macs"
             best = search.within_size(kind, params if params is not None else macs or 0.0)
         rewriter, small = workshop.rewritten(best.eps)
-        notes = workshop.fitted(rewriter, small)
+        notes = [*measured, *workshop.fitted(rewriter, small)]
         if evaluator is not None and best.loss is None:
             best = replace(best, loss=evaluator.loss(small))
         result = workshop.raised(rewriter, small, best.eps, notes, verify=verify)
@@ -137,14 +166,11 @@ def tune(
 
 def _check(
     targets: Mapping[str, float | None],
-    latency: float | None,
     criterion: str,
     strategy: str,
     data: Any,
     loss_fn: Any,
 ) -> None:
-    if latency is not None:
-        raise InputError("latency is not available in this version; give params or macs instead.")
     given = [name for name, value in targets.items() if value is not None]
     if len(given) != 1:
         raise InputError(f"tune needs one of {', '.join(targets)}, not {len(given)} of them.")
@@ -192,6 +218,11 @@ class Search:
             self.store.put(key, known)
         self.tried[key] = known
         return known
+
+    def _keep(self, point: Point) -> None:
+        key = tuple(sorted(point.eps.items()))
+        self.tried[key] = point
+        self.store.put(key, point)
 
     @property
     def batch(self) -> int:
@@ -248,6 +279,35 @@ class Search:
         else:
             low, high = place, (place + 1 if fits(place + 1) else last)
         while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if fits(middle) else (middle, high)
+        return self._at(high)
+
+    def within_latency(self, aim: Target, watch: Stopwatch) -> Point:
+        """A point of the path that is measured to be fast enough, next to one that is not."""
+        path = self._marginal("macs")
+
+        def fits(place: int) -> bool:
+            point = self._at(place)
+            if point.latency is None or point.milliseconds is None:
+                _, small = self.workshop.rewritten(dict(point.eps))
+                self.workshop.step("time")
+                found = watch.latency(raise_modules(small, self.workshop.captured))
+                point = replace(point, milliseconds=found.milliseconds, latency=found.ratio)
+                self._keep(point)
+            return aim.met(point.milliseconds or 0.0, point.latency or 0.0)
+
+        low, high = 0, len(path) - 1
+        if fits(low):
+            return self._at(low)
+        if not fits(high):
+            last = self._at(high)
+            raise InputError(
+                f"latency={aim.text} cannot be met: the smallest network that was found takes "
+                f"{last.milliseconds:.3g} ms ({last.latency:.2f} of the original's time)."
+            )
+        near = NEAR_MACS * self._original("macs")
+        while high - low > 1 and self._at(low).macs - self._at(high).macs > near:
             middle = (low + high) // 2
             low, high = (low, middle) if fits(middle) else (middle, high)
         return self._at(high)

@@ -121,6 +121,13 @@ def test_bad_options(options, message):
         fxfib.benchmark(network().train(), model, torch.randn(2, 7))
 
 
+def test_work_of_another_model_is_not_told():
+    model, inputs = network(), torch.randn(2, 7)
+    small = fxfib.compile(fxfib.lift(model, 1.5, inputs), 0.0, inputs)
+    found = fxfib.benchmark(model, small, inputs, runtimes=["torch"], rounds=1)
+    assert found.macs_before is None and found.macs_after == 60
+
+
 @pytest.mark.slow
 def test_torch_compile_is_measured():
     model, inputs = network(), torch.randn(2, 7)

@@ -10,6 +10,7 @@ from torch import nn
 import fxfib
 from fxfib.errors import InputError
 from fxfib.evaluation import Evaluator
+from fxfib.latency import Latency, Stopwatch
 
 
 def trained() -> tuple[nn.Sequential, torch.Tensor, torch.Tensor]:
@@ -141,8 +142,13 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyP
     [
         ({}, "tune needs one of"),
         ({"params": 0.5, "macs": 0.5}, "tune needs one of"),
-        ({"latency": 1.0}, "latency is not available"),
+        ({"latency": 1.5}, "a part of the original's, such as 0.5"),
+        ({"latency": "fast"}, "latency must be like '2.5 ms'"),
+        ({"latency": "-1 ms"}, "latency must be like '2.5 ms'"),
+        ({"latency": 0.5, "macs": 0.5}, "tune needs one of"),
+        ({"latency": 0.5, "runtime": "abacus"}, "unknown runtime 'abacus'"),
         ({"params": -1}, "params must be positive"),
+        ({"params": 0.5, "round_to": "some"}, "a positive whole number or 'auto'"),
         ({"params": 5}, "params=5 cannot be met: the smallest network"),
         ({"max_loss_increase": 0.1}, "a loss is measured on data"),
         ({"params": 0.5, "criterion": "cosine"}, "the loss of 'cosine' is not predicted"),
@@ -155,3 +161,80 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_what_cannot_be_is_refused(options: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         fxfib.tune(MODEL, options.pop("data", None), example_inputs=INPUTS, **options)
+
+
+class FakeClock:
+    """A millisecond for a hundred multiply-accumulates, and what was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def latency(self, watch: Stopwatch, small: nn.Module) -> Latency:
+        weights = sum(p.numel() for p in small.parameters() if p.ndim == 2)
+        self.asked.append(weights)
+        whole = sum(p.numel() for p in MODEL.parameters() if p.ndim == 2)
+        return Latency(weights / 100, weights / whole)
+
+
+@pytest.mark.parametrize(
+    ("target", "most"), [(0.5, 519), ("6 ms", 600), ("0.002 s", 200), ("9e3us", 900)]
+)
+def test_a_latency_is_met_and_used(
+    target: float | str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = FakeClock()
+    monkeypatch.setattr(Stopwatch, "latency", lambda *given: clock.latency(*given))
+    options = {"example_inputs": INPUTS, "latency": target, "runtime": "torch"}
+    small = fxfib.tune(MODEL, calibration=X, **options)
+    (chosen,) = [p for p in small.fibration.frontier if p.chosen]
+    assert chosen.macs == small.fibration.macs_after
+    assert most - 45 < chosen.macs <= most, "the largest that is fast enough"
+    assert chosen.milliseconds == chosen.macs / 100
+    assert len(clock.asked) < 14
+    assert any("of the original's, of one call" in note for note in small.fibration.notes)
+    with pytest.raises(InputError, match=r"cannot be met: the smallest .* takes 0.1 ms"):
+        fxfib.tune(MODEL, calibration=X, **{**options, "latency": "0.05 ms"})
+
+
+def test_what_was_timed_is_not_timed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = FakeClock()
+    monkeypatch.setattr(Stopwatch, "latency", lambda *given: clock.latency(*given))
+    options = {"example_inputs": INPUTS, "latency": 0.5, "resume": tmp_path / "search"}
+    first = fxfib.tune(MODEL, runtime="torch", **options)
+    count = len(clock.asked)
+    again = fxfib.tune(MODEL, runtime="torch", **options)
+    assert len(clock.asked) == count > 2
+    assert again.fibration.macs_after == first.fibration.macs_after
+    fxfib.tune(MODEL, runtime="onnxruntime", **options)
+    assert len(clock.asked) == 2 * count, "times of another runtime are others"
+
+
+@pytest.mark.parametrize("runtime", ["torch", "onnxruntime"])
+def test_latency_by_a_real_clock(runtime: str) -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(64, 700), nn.ReLU(), nn.Linear(700, 600), nn.Linear(600, 5))
+    given = torch.randn(3, 64)
+    small = fxfib.tune(model.eval(), example_inputs=given, latency=0.6, runtime=runtime)
+    (chosen,) = [p for p in small.fibration.frontier if p.chosen]
+    assert chosen.latency is not None and chosen.latency <= 0.6
+    assert small.fibration.macs_after < small.fibration.macs_before
+    assert runtime in small.fibration.notes[0]
+
+
+def test_widths_that_pay_are_proposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fxfib import latency
+
+    times = {width: float(-(-width // 8)) for width in range(33, 65)}
+    asked = []
+
+    def measure(runtime: str, *, kinds: list[str]) -> fxfib.Widths:
+        asked.append((runtime, kinds))
+        return fxfib.Widths(runtime, {"linear": times}, "a clock of our own")
+
+    monkeypatch.setattr(latency, "measure_widths", measure)
+    small = fxfib.tune(MODEL, example_inputs=INPUTS, params=0.6, round_to="auto")
+    assert asked == [("onnxruntime", ["linear"])]
+    sizes = [small.get_submodule(name).out_features for name in ("0", "2")]
+    assert all(size % 8 == 0 for size in sizes) and sizes[0] < 30
+    (note,) = [note for note in small.fibration.notes if "round_to=8 was measured" in note]
+    assert "linear 1.00 (a clock of our own)" in note
