@@ -58,7 +58,7 @@ def measure(name: str, queue: Any) -> None:
         report = small.fibration
         row |= {
             "captured": True,
-            "verified": report.exact_error <= 1e-9,
+            "verified": report.exact_error <= 1e-7,  # a merged float32 weight is rounded once
             "parameters": report.parameters_before,
             "parameters_compiled": report.parameters_after,
             "error_float32": report.relative_error,

@@ -293,6 +293,7 @@ def color_form(
     # A constant that is zero but for rounding is the zero: padding and products keep that one.
     none = constant & (np.abs(form.offset) <= form.offset_bound)
     form = replace(form, offset=np.where(none, 0.0, form.offset)) if none.any() else form
+    form = _equal_constants(form, constant & ~none)
     table, bound, relative, match = _table(form)
     if eps > 0 and criterion != "fibration":
         labels = _linked(table, eps, criterion, bound, relative, match, constant) + FIRST_FREE
@@ -321,6 +322,18 @@ def color_form(
     scales = nearby_short(heads.scales.numpy(), tolerance)[equal]
     labels, scales = with_constants(labels, scales, constant, form.offset)
     return Factor((axis,), labels, scales, space)
+
+
+def _equal_constants(form: Form, constant: npt.NDArray[np.bool_]) -> Form:
+    """Constants that are equal but for rounding get one value."""
+    chosen = np.flatnonzero(constant)
+    if len(chosen) < 2 or not form.offset_bound[chosen].any():
+        return form
+    offset = form.offset.copy()
+    column, bound = (torch.from_numpy(a[chosen]).unsqueeze(1) for a in (offset, form.offset_bound))
+    labels = color(column, 0.0, bound=bound).labels.numpy()
+    offset[chosen] = offset[chosen][np.unique(labels, return_index=True)[1]][labels]
+    return replace(form, offset=offset)
 
 
 def _linked(

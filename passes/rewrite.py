@@ -42,6 +42,7 @@ class Rewriter:
         self._tensors: dict[str, torch.Tensor] = {}
         self._gathered: dict[tuple[fx.Node, int, bytes], fx.Node] = {}
         self._current: fx.Node | None = None
+        self._parted: set[fx.Node] = set()
         self.origin: dict[str, fx.Node] = {}
 
     @property
@@ -238,11 +239,17 @@ class Rewriter:
             tensor = reducer.apply(tensor, axis)
         sources = [node] if node.op == "get_attr" else _leaves(node)
         named = [s for s in sources if s.op == "get_attr"]
-        name = str(named[0].target) if named else f"{node.name}_constant"
+        if node.op != "get_attr":
+            self._parted.update(named)
+        return self._stored(node, tensor, named)
+
+    def _stored(self, node: fx.Node, tensor: torch.Tensor, leaves: list[fx.Node]) -> fx.Node:
+        """An attribute in the place of a constant that is one, or is computed from some."""
+        name = str(leaves[0].target) if leaves else f"{node.name}_constant"
         if node.op != "get_attr":
             name = f"{name}_of_{node.name}"
-        trainable = any(self._original(s).requires_grad for s in named)
-        return self._attribute(name, tensor, requires_grad=trainable, like=named)
+        trainable = any(self._original(s).requires_grad for s in leaves)
+        return self._attribute(name, tensor, requires_grad=trainable, like=leaves)
 
     def _before_expand(
         self, node: fx.Node, axes: Mapping[int, Reducer]
@@ -360,6 +367,7 @@ class Rewriter:
                 else:
                     self._new[node] = self.repeat(node)
         self._current = None
+        self._store_remainders()
         for name, tensor in self._counters():
             _place(self.root, name, tensor, persistent=True)
         eliminate_dead_code(self.graph)
@@ -367,6 +375,30 @@ class Rewriter:
         propagate(result, graph_module, self.origin)
         self._check()
         return result
+
+    def _store_remainders(self) -> None:
+        """Where a part of a packed parameter became smaller, its other parts are stored alone, too.
+
+        Otherwise the whole parameter would stay for their sake, beside the part.
+        """
+        constants = (
+            [old for old in self._new if self.analysis.is_constant(old)] if self._parted else []
+        )
+        images = {self._new[old] for old in constants}
+        rests: dict[fx.Node, list[fx.Node]] = {}
+        for old in constants:
+            if old.op != "get_attr" and not images.issuperset(self._new[old].users):
+                for leaf in self._parted.intersection(_leaves(old)):
+                    rests.setdefault(leaf, []).append(old)
+        for leaf, parts in rests.items():
+            tensors = [self.analysis.tensor(part) for part in parts]
+            if sum(t.numel() for t in tensors) >= self._original(leaf).numel():
+                continue
+            for part, tensor in zip(parts, tensors, strict=True):
+                made = self._new[part]
+                with self.graph.inserting_before(made):
+                    stored = self._stored(part, tensor.clone(), _leaves(part))
+                made.replace_all_uses_with(stored)
 
     def _check(self) -> None:
         """Every rewritten value has the size that was planned."""

@@ -179,3 +179,45 @@ def test_where_no_side_is_linear_only_values_shrink() -> None:
     assert lifted.q.weight.shape == lifted.k.weight.shape == (WIDTH, WIDTH)
     assert lifted.v.weight.shape[0] > WIDTH
     assert fxfib.compile(lifted, 0.0, inputs).v.weight.shape == (WIDTH, WIDTH)
+
+
+class Probe(nn.Module):
+    """A learned query: the same one for every example, so all of its channels are constants."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.o = nn.Linear(WIDTH, 12), nn.Linear(12, 4)
+        self.probe = nn.Parameter(torch.randn(1, 1, 12))
+        self.mix = nn.MultiheadAttention(12, 3, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.e(x))
+        found: Tensor = self.o(self.mix(self.probe.expand(x.shape[0], 1, 12), x, x)[0])
+        return found
+
+
+def test_constant_queries_are_equal_but_for_rounding_too() -> None:
+    torch.manual_seed(3)
+    model = Probe().eval()
+    with torch.no_grad():
+        model.mix.in_proj_bias.normal_()
+    inputs = (torch.randn(2, 5, WIDTH),)
+    direct = fxfib.compile(model, 0.0, inputs)
+    small = fxfib.compile(fxfib.lift(model, 1.5, inputs), 0.0, inputs)
+    torch.testing.assert_close(small(*inputs), model(*inputs), rtol=1e-4, atol=1e-5)
+    assert small.fibration.parameters_after == direct.fibration.parameters_after
+
+
+def test_a_packed_weight_goes_when_one_of_its_parts_shrinks() -> None:
+    torch.manual_seed(4)
+    model = Probe().eval()
+    inputs = (torch.randn(2, 5, WIDTH),)
+    small = fxfib.compile(model, 0.0, inputs)
+    # The probe is one number now, and so is its column in the queries' rows.
+    saved = 11 + 12 * 11
+    assert small.fibration.parameters_after == small.fibration.parameters_before - saved
+    assert sorted(p.shape for n, p in small.named_parameters() if "in_proj_weight" in n) == [
+        (12, 1),
+        (24, 12),
+    ]
+    torch.testing.assert_close(small(*inputs), model(*inputs), rtol=1e-4, atol=1e-5)
