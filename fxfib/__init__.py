@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # what `__getattr__` below loads, for editors and type checke
         VerifyError,
     )
     from fxfib.lifting import lift
+    from fxfib.monitor import Monitor
     from fxfib.onnx import export_onnx
     from fxfib.report import Report
     from fxfib.serialize import load, save
@@ -36,6 +37,7 @@ _HOME = {
     "ContinualBackpropagation": "fxfib.breaking",
     "ShrinkAndPerturb": "fxfib.breaking",
     "SymmetryBreaker": "fxfib.breaking",
+    "Monitor": "fxfib.monitor",
     "Theorems": "fxfib.theorems",
     "Benchmark": "fxfib.benchmarking",
     "benchmark": "fxfib.benchmarking",
@@ -61,6 +63,7 @@ __all__ = [
     "FxfibError",
     "InputError",
     "LoadError",
+    "Monitor",
     "RefusedError",
     "Report",
     "ShrinkAndPerturb",

@@ -36,27 +36,28 @@ def page(report: Report, benchmark: Any = None) -> str:
     for point in data["frontier"]:
         del point["eps"]  # one number a group and point: the JSON report has them
     data["benchmark"] = None if benchmark is None else benchmark.to_dict()
+    return compose("page.html", data, "sections.js")
+
+
+def compose(template: str, data: Any, script: str) -> str:
+    """A page of one template: shared style and graph, its own script, and data that stays data."""
     text = json.dumps(_cut(data), separators=(",", ":"), allow_nan=False, default=str)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    parts = {
-        "STYLE": (_FOLDER / "page.css").read_text(encoding="utf-8"),
-        "DATA": text,
-        "SCRIPT": "\n".join(
-            (_FOLDER / name).read_text(encoding="utf-8")
-            for name in ("base.js", "graph.js", "sections.js")
-        ),
-    }
-    before, rest = (_FOLDER / "page.html").read_text(encoding="utf-8").split("{{STYLE}}")
+    style = (_FOLDER / "page.css").read_text(encoding="utf-8")
+    code = "\n".join(
+        (_FOLDER / name).read_text(encoding="utf-8") for name in ("base.js", "graph.js", script)
+    )
+    before, rest = (_FOLDER / template).read_text(encoding="utf-8").split("{{STYLE}}")
     middle, rest = rest.split("{{DATA}}")
     between, after = rest.split("{{SCRIPT}}")
-    return "".join((before, parts["STYLE"], middle, parts["DATA"], between, parts["SCRIPT"], after))
+    return "".join((before, style, middle, text, between, code, after))
 
 
 def _cut(value: Any) -> Any:
     """Finite numbers and names of a length that a page can show."""
     if isinstance(value, dict):
-        return {str(key): part if key in ("slots", "pixels") else _cut(part)
+        return {str(key): part if key in ("slots", "pixels", "frames") else _cut(part)
                 for key, part in value.items()}  # fmt: skip
     if isinstance(value, (list, tuple)):
         return [_cut(part) for part in value]

@@ -95,7 +95,7 @@ class Renewal:
         self.source, self.optimizer = unwrap(model), optimizer
         self.rate, self.maturity, self.every = replacement_rate, maturity, every
         self.generator = generator
-        with _evaluating(self.source):
+        with evaluating(self.source):
             captured = capture(self.source, example_inputs, example_kwargs)
         self.example = normalize_inputs(self.source, example_inputs, example_kwargs)
         self.continued = Continued(captured.graph_module)
@@ -275,7 +275,7 @@ class Renewal:
 
     def _outputs(self) -> list[Any]:
         args, kwargs = self.example
-        with _evaluating(self.source), torch.no_grad():
+        with evaluating(self.source), torch.no_grad():
             return pytree.tree_leaves(self.source(*args, **kwargs))
 
     def _hand_over(self, unit: Unit, node: int, lead: int | None) -> None:
@@ -342,7 +342,8 @@ def _refuse_optimizer(optimizer: torch.optim.Optimizer) -> None:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; afterwards every part is in the mode it was in."""
     modes = {part: part.training for part in module.modules()}
     try:
         module.eval()

@@ -30,7 +30,7 @@ def layers_of(plan: Plan, groups: Sequence[Group], result: fx.GraphModule) -> tu
     at: dict[fx.Node, list[int]] = {}
     for index, (_, (node, _)) in enumerate(made):
         at.setdefault(node, []).append(index)
-    sources = _sources(analysis, at)
+    sources = sources_of(analysis, at)
     places: dict[str, list[int]] = {}
     for place, group in enumerate(groups):
         for member in group.members:
@@ -87,7 +87,7 @@ def _order(slots: Sequence[int] | np.ndarray) -> np.ndarray:
     return np.argsort(np.where(array < 0, len(array) - array, array), kind="stable")
 
 
-def _sources(analysis: Analysis, at: dict[fx.Node, list[int]]) -> dict[fx.Node, tuple[int, ...]]:
+def sources_of(analysis: Analysis, at: dict[fx.Node, list[int]]) -> dict[fx.Node, tuple[int, ...]]:
     """For every node, the layers that its operands come from, through what makes no nodes."""
     reach: dict[fx.Node, tuple[int, ...]] = {}
     found: dict[fx.Node, tuple[int, ...]] = {}

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import re
-import shutil
-import subprocess
 
 import pytest
 import torch
@@ -15,17 +13,7 @@ from fxfib import layers as layer_data
 from fxfib.layers import Layer, decode, encode
 from fxfib.report import Group, Refusal, Report
 
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium here to open the page with")
-
-HOSTILE = (
-    "</script><script>document.title='taken'</script>",
-    "\"'><img src=x onerror=\"document.title='taken'\">",
-    "${document.title='taken'} `x` \u2028 \\u003c <!-- ]]>",
-    "n" * 10_000,
-)
+from browsing import HOSTILE, browser, opened
 
 
 def network() -> nn.Sequential:
@@ -65,19 +53,6 @@ def large(count: int, names=lambda index: f"layers.{index}.linear", nodes: int =
         names(0), 0.0, "fibration", "float32", "cpu", 1000, 500, 1000, 500, 0.0, 0.0, 0.0, 1e-4,
         groups=groups, refusals=refusals, notes=(names(1),), layers=layers,
     )  # fmt: skip
-
-
-def opened(path, theme: str = "light") -> tuple[str, list[str]]:
-    """The page after its script has run, and what it said on the console."""
-    done = subprocess.run(
-        [
-            BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
-            f"--user-data-dir={path.parent / 'profile'}", "--window-size=1300,1600",
-            "--virtual-time-budget=2000", "--dump-dom", f"file://{path}?theme={theme}",
-        ],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
 def test_layers_say_where_every_node_went(report):

@@ -56,7 +56,8 @@ function prepared(layer) {
   const members = Array.from({ length: fibers }, () => []);
   const constant = [], unread = [];
   slots.forEach((slot, node) => (slot >= 0 ? members[slot] : slot === -1 ? constant : unread).push(node));
-  const runs = members.map((nodes, slot) => ({ kind: nodes.length > 1 ? "fiber" : "single", slot, nodes }));
+  // Over time a color stays with the first node of its class, however classes are numbered.
+  const runs = members.map((nodes, slot) => ({ kind: nodes.length > 1 ? "fiber" : "single", slot, nodes, hue: DATA.frames ? nodes[0] : slot }));
   if (constant.length) runs.push({ kind: "constant", slot: -1, nodes: constant });
   if (unread.length) runs.push({ kind: "unread", slot: -2, nodes: unread });
   let start = 0;
@@ -85,7 +86,7 @@ function fiberColor(layer, slot, alpha = 1) {
   return `hsla(${hue.toFixed(0)}, ${colors.dark ? 62 : 62}%, ${colors.dark ? 60 : 47}%, ${alpha})`;
 }
 function runColor(layer, run) {
-  if (run.kind === "fiber") return fiberColor(layer, run.slot);
+  if (run.kind === "fiber") return fiberColor(layer, run.hue);
   if (run.kind === "single") return run.slot % 2 ? colors.node2 : colors.node;
   return colors[run.kind];
 }

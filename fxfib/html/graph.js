@@ -4,7 +4,7 @@ const graph = $("graph"), overview = $("overview");
 const view = { x: 0, y: 0, scale: 1, yscale: 1 };
 let selected = 0, lastColumn = 0;
 
-(function place() {
+function place() {
   // Columns by depth; layers of one depth are stacked.
   const columns = [];
   DATA.layers.forEach((layer) => {
@@ -26,7 +26,8 @@ let selected = 0, lastColumn = 0;
       layer.yAfter = layer.y + (layer.h - layer.hAfter) / 2;
     });
   }
-})();
+}
+place();
 
 const worldWidth = () => (lastColumn + 1) * PITCH - (PITCH - BEFORE - GAP - AFTER);
 const toX = (x) => (x - view.x) * view.scale;
@@ -152,7 +153,7 @@ function paint() {
     const step = Math.max(1, Math.ceil(funnels.length / 160));
     for (let at = 0; at < funnels.length; at += step) {
       const run = funnels[at];
-      context.fillStyle = fiberColor(layer, run.slot, 0.3);
+      context.fillStyle = fiberColor(layer, run.hue, 0.3);
       ribbon(context, inner, top + run.start * cell, top + (run.start + run.nodes.length) * cell, xAfter, topAfter + run.slot * cellAfter, topAfter + (run.slot + 1) * cellAfter);
     }
     if (layer.count) cells(context, layer, x, top, wide, tall, layer.count, "before");
@@ -253,20 +254,6 @@ function runAt(layer, px, py) {
   if (!(place >= 0 && place < count)) return null;
   if (!before) return layer.runs.find((run) => run.slot === place);
   return layer.runs.find((run) => place >= run.start && place < run.start + run.nodes.length);
-}
-
-function describe(layer, run) {
-  const lines = [layer.name];
-  if (!run) return [...lines, `${layer.op}: ${grouped(layer.count)} nodes, ${grouped(layer.fiberCount)} after`];
-  const readers = layer.readers.map((reader) => DATA.layers[reader].name);
-  const to = readers.length ? (readers.length > 2 ? `${readers[0]} and ${readers.length - 1} more` : readers.join(" and ")) : "the output";
-  if (run.kind === "fiber") {
-    lines.push(`fiber of ${run.nodes.length} nodes, one after: ${run.slot}`, `members ${ranges(run.nodes)}`);
-    lines.push(`rows averaged; columns ${ranges(run.nodes, 8).replaceAll(", ", " + ")} of ${clipped(to, 80)} summed`);
-  } else if (run.kind === "single") lines.push(`node ${run.nodes[0]}, a fiber of its own; ${run.slot} after`);
-  else if (run.kind === "constant") lines.push(`${run.nodes.length} constant, folded into the biases of ${clipped(to, 80)}`, `nodes ${ranges(run.nodes)}`);
-  else lines.push(`${run.nodes.length} that nothing reads, dropped`, `nodes ${ranges(run.nodes)}`);
-  return lines;
 }
 
 function zoom(factor, px, py) {

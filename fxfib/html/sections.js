@@ -47,6 +47,20 @@ function paintMatrix(canvas, caption, picture, text) {
   caption.textContent = `${text}: ${grouped(picture.shape[0])} × ${grouped(picture.shape[1])}`;
 }
 
+function describe(layer, run) {
+  const lines = [layer.name];
+  if (!run) return [...lines, `${layer.op}: ${grouped(layer.count)} nodes, ${grouped(layer.fiberCount)} after`];
+  const readers = layer.readers.map((reader) => DATA.layers[reader].name);
+  const to = readers.length ? (readers.length > 2 ? `${readers[0]} and ${readers.length - 1} more` : readers.join(" and ")) : "the output";
+  if (run.kind === "fiber") {
+    lines.push(`fiber of ${run.nodes.length} nodes, one after: ${run.slot}`, `members ${ranges(run.nodes)}`);
+    lines.push(`rows averaged; columns ${ranges(run.nodes, 8).replaceAll(", ", " + ")} of ${clipped(to, 80)} summed`);
+  } else if (run.kind === "single") lines.push(`node ${run.nodes[0]}, a fiber of its own; ${run.slot} after`);
+  else if (run.kind === "constant") lines.push(`${run.nodes.length} constant, folded into the biases of ${clipped(to, 80)}`, `nodes ${ranges(run.nodes)}`);
+  else lines.push(`${run.nodes.length} that nothing reads, dropped`, `nodes ${ranges(run.nodes)}`);
+  return lines;
+}
+
 function showLayer(layer) {
   $("layer-card").hidden = false;
   $("layer-name").textContent = layer.name;
