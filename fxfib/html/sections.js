@@ -3,7 +3,8 @@ const before = DATA.parameters_before, after = DATA.parameters_after;
 const exact = DATA.eps === 0 && DATA.exact_error !== null;
 document.title = `fxfib: ${DATA.model}`;
 $("title").textContent = DATA.model;
-$("subtitle").textContent = `eps ${DATA.eps} · ${DATA.criterion} · ${DATA.dtype} on ${DATA.device}`;
+const eps = typeof DATA.eps === "number" ? String(+DATA.eps.toPrecision(4)) : String(DATA.eps);
+$("subtitle").textContent = `eps ${eps} · ${DATA.criterion} · ${DATA.dtype} on ${DATA.device}`;
 
 function tile(label, value, detail, share, kind = "") {
   const made = element("div", { class: "tile" }, element("div", { class: "label" }, label), element("div", { class: "value " + kind }, value), element("div", { class: "detail" }, detail));
@@ -112,7 +113,7 @@ themeListeners.push(() => { if (DATA.layers[selected]) showLayer(DATA.layers[sel
     }
     shown = Math.min(order.length, shown + count);
     button.remove();
-    if (shown < order.length) { button.textContent = `show ${Math.min(200, order.length - shown)} more of ${order.length - shown}`; box.append(button); }
+    if (shown < order.length) { button.textContent = `show ${Math.min(200, order.length - shown)} more, ${grouped(order.length)} in all`; box.append(button); }
   }
   button.onclick = () => show(200);
   show(14);
@@ -126,8 +127,8 @@ themeListeners.push(() => { if (DATA.layers[selected]) showLayer(DATA.layers[sel
   row("result", badge);
   row("largest error", DATA.error === null ? "–" : `${scientific(DATA.error)} absolute, ${scientific(DATA.relative_error)} of the largest output`);
   if (DATA.exact_error !== null) row("in float64", `${scientific(DATA.exact_error)} relative; allowed in ${DATA.dtype}: ${scientific(DATA.tolerance)}`);
-  row("measured on", "the example inputs, original and result side by side");
-  row("eps", `${DATA.eps} (${DATA.criterion})`);
+  if (DATA.error !== null) row("measured on", "the example inputs, original and result side by side");
+  row("eps", `${eps} (${DATA.criterion})`);
   for (const note of DATA.notes) row("note", note);
   for (const [name, seconds] of Object.entries(DATA.seconds)) row(`${name} took`, `${(+seconds).toFixed(2)} s`);
   row("made with", Object.entries(DATA.versions).map((pair) => pair.join(" ")).join(", "));
@@ -150,7 +151,7 @@ themeListeners.push(() => { if (DATA.layers[selected]) showLayer(DATA.layers[sel
 function chart(series, options) {
   const width = 900, height = 300, pad = { left: 64, right: 18, top: 14, bottom: 44 };
   const points = series.flatMap((one) => one.points);
-  const span = (values) => { const low = Math.min(...values), high = Math.max(...values); const more = (high - low || Math.abs(high) || 1) * 0.06; return [low - more, high + more]; };
+  const span = (values) => { const low = Math.min(...values), high = Math.max(...values); const more = (high - low || Math.abs(high) || 1) * 0.06; return [low < 0 ? low - more : Math.max(0, low - more), high + more]; };
   const [x0, x1] = span(points.map((point) => point[0])), [y0, y1] = span(points.map((point) => point[1]));
   const x = (value) => pad.left + ((value - x0) / (x1 - x0)) * (width - pad.left - pad.right);
   const y = (value) => height - pad.bottom - ((value - y0) / (y1 - y0)) * (height - pad.top - pad.bottom);
@@ -159,7 +160,7 @@ function chart(series, options) {
     const vy = y0 + ((y1 - y0) * at) / 4, vx = x0 + ((x1 - x0) * at) / 4;
     svg.append(drawing("line", { x1: pad.left, x2: width - pad.right, y1: y(vy), y2: y(vy), stroke: "var(--line)" }));
     svg.append(drawing("text", { x: pad.left - 8, y: y(vy) + 4, "text-anchor": "end" }, options.y(vy)));
-    svg.append(drawing("text", { x: x(vx), y: height - pad.bottom + 18, "text-anchor": "middle" }, options.x(vx)));
+    svg.append(drawing("text", { x: x(vx), y: height - pad.bottom + 18, "text-anchor": at === 4 ? "end" : "middle" }, options.x(vx)));
   }
   svg.append(drawing("text", { x: (width + pad.left) / 2, y: height - 6, "text-anchor": "middle" }, options.label));
   series.forEach((one, number) => {
@@ -186,8 +187,8 @@ function chart(series, options) {
   const measured = points.filter((point) => typeof point.loss === "number");
   const predicted = points.filter((point) => typeof point.predicted === "number");
   const [name, found, key] = measured.length ? ["measured loss", measured, "loss"] : ["predicted: share of energy lost", predicted, "predicted"];
-  const series = found.length ? [{ name, points: found.map((point) => [point.parameters, point[key], `${short(point.macs)} multiply-accumulates${point.chosen ? "; chosen" : ""}`, point.chosen]) }] : [];
-  if (series.length) $("frontier").append(chart(series, { x: (value) => short(Math.max(0, value)), y: (value) => value.toPrecision(3), label: "parameters" }));
+  const series = found.length ? [{ name, points: found.map((point) => [point.parameters, point[key], [`${short(point.macs)} multiply-accumulates`, `eps up to ${+point.eps.toPrecision(3)}`, ...(typeof point.latency === "number" ? [`${point.latency.toFixed(2)} of the original's time`] : []), ...(point.chosen ? ["chosen"] : [])].join("; "), point.chosen]) }] : [];
+  if (series.length) $("frontier").append(chart(series, { x: (value) => short(Math.round(value)), y: (value) => String(+value.toPrecision(3)), label: "parameters" }));
 })();
 
 (function paintLatency() {

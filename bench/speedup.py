@@ -1,0 +1,272 @@
+"""What half the multiply-accumulates are worth: latency before and after, operator by operator.
+
+    python bench/speedup.py                      # what is missing, one process a network
+    python bench/speedup.py resnet18 vit_small --again
+
+`fxfib.tune(model, macs=0.5, round_to=8)` makes each network smaller (random weights: no accuracy
+is told here).  ``efficiency`` is the speed-up over the ratio of multiply-accumulates: 1 where time
+falls as the work does.  Rows without an ``operator`` are latencies; those with one are the time
+that ONNX Runtime's profiler gives to all operators of that type in one run, and ``excess_ms`` is
+what is left of it above ``original_ms`` over the ratio: the largest ones hold the network back.
+Rows go to bench/results/speedup.csv, the smaller networks to build/speedup.
+"""
+
+import argparse
+import collections
+import csv
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline import network, processor
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results" / "speedup.csv"
+MADE = HERE.parent / "build" / "speedup"
+NAMES = ("resnet18", "resnet50", "mobilenet_v2", "vit_small", "bert")
+COLUMNS = (
+    "model", "runtime", "batch", "operator", "macs_before", "macs_after", "macs_ratio",
+    "parameters_before", "parameters_after", "original_ms", "original_low_ms", "original_high_ms",
+    "small_ms", "small_low_ms", "small_high_ms", "ratio", "ratio_low", "ratio_high", "efficiency",
+    "excess_ms", "round_to", "rounds", "threads", "machine", "torch", "onnxruntime", "fxfib",
+)  # fmt: skip
+ROUND_TO = 8
+CALIBRATION = 16
+
+
+def model_of(name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The network and example inputs; ``vit_small`` has the widths of DeiT-S, and 6 layers."""
+    if name != "vit_small":
+        return network(name)
+    import torch
+    import torchvision
+    from architectures import randomize
+
+    torch.manual_seed(0)
+    model = torchvision.models.VisionTransformer(
+        image_size=224, patch_size=16, num_layers=6, num_heads=6, hidden_dim=384, mlp_dim=1536
+    ).eval()
+    torch.nn.init.normal_(model.heads.head.weight, 0, 0.05)  # zero in a fresh network
+    images = torch.randn(2, 3, 224, 224)
+    randomize(model, ((images,), {}))
+    return model, (images,), {}
+
+
+def smaller(name: str, model: Any, args: Any, kwargs: Any) -> Any:
+    """The network at half the work; made once."""
+    import torch
+
+    import fxfib
+
+    path = MADE / f"{name}.fxfib"
+    if path.exists():
+        return fxfib.load(path)
+    torch.manual_seed(1)
+    example = torch.utils._pytree.tree_leaves((args, kwargs))[0]
+    if example.is_floating_point():
+        calibration: Any = torch.randn(CALIBRATION, *example.shape[1:])
+    else:
+        shape = (CALIBRATION, *example.shape[1:])
+        calibration = [{"input_ids": torch.randint(0, int(example.max()) + 1, shape)}]
+    small = fxfib.tune(
+        model, example_inputs=args, example_kwargs=kwargs, macs=0.5, round_to=ROUND_TO,
+        calibration=calibration, compensate=False, progress=True,
+    )  # fmt: skip
+    MADE.mkdir(parents=True, exist_ok=True)
+    fxfib.save(small, path)
+    return small
+
+
+def measure(name: str, rounds: int) -> list[dict[str, Any]]:
+    """All rows of one network."""
+    import onnxruntime
+    import torch
+
+    import fxfib
+
+    model, args, kwargs = model_of(name)
+    small = smaller(name, model, args, kwargs)
+    report = small.fibration
+    ratio = report.macs_before / report.macs_after
+    common = {
+        "model": name, "macs_before": report.macs_before, "macs_after": report.macs_after,
+        "macs_ratio": ratio, "parameters_before": report.parameters_before,
+        "parameters_after": report.parameters_after, "round_to": ROUND_TO, "rounds": rounds,
+        "threads": torch.get_num_threads(), "machine": processor(), "torch": torch.__version__,
+        "onnxruntime": onnxruntime.__version__, "fxfib": fxfib.__version__,
+    }  # fmt: skip
+    rows = []
+    for row in times(model, small, args, kwargs, rounds):
+        rows.append({**common, **row, "efficiency": row["ratio"] / ratio})
+    for operator, before, after in profile(model, small, args, kwargs, rounds):
+        own = {"original_ms": before, "small_ms": after, "excess_ms": after - before / ratio}
+        if after > 0:
+            own |= {"ratio": before / after, "efficiency": before / after / ratio}
+        rows.append({**common, "runtime": "onnxruntime", "batch": 1, "operator": operator, **own})
+    return rows
+
+
+def times(model: Any, small: Any, args: Any, kwargs: Any, rounds: int) -> list[dict[str, Any]]:
+    """Latencies of both in ONNX Runtime and torch; their outputs differ, as they should."""
+    import contextlib
+
+    import torch
+
+    from fxfib import timing
+    from fxfib.runtimes import opened, with_batch
+
+    found = []
+    for runtime in ("onnxruntime", "torch"):
+        with contextlib.ExitStack() as stack, torch.inference_mode():
+            runners = [
+                stack.enter_context(
+                    opened(runtime, module, (args, kwargs), "cpu", torch.get_num_threads())
+                )
+                for module in (model, small)
+            ]
+            for batch in (1, 8):
+                given = with_batch((args, kwargs), 2, batch)
+                original, ours = timing.in_turns([run(*given) for run in runners], rounds)
+                row: dict[str, Any] = {"runtime": runtime, "batch": batch}
+                ratio = timing.spread(timing.ratios(original, ours))
+                spreads = (("original", original), ("small", ours))
+                for key, values in spreads:
+                    names = (f"{key}_ms", f"{key}_low_ms", f"{key}_high_ms")
+                    row |= dict(zip(names, timing.spread(values), strict=True))
+                row |= dict(zip(("ratio", "ratio_low", "ratio_high"), ratio, strict=True))
+                found.append(row)
+    return found
+
+
+def profile(
+    model: Any, small: Any, args: Any, kwargs: Any, rounds: int
+) -> list[tuple[str, float, float]]:
+    """Milliseconds of every type of operator in one run at batch 1, before and after."""
+    import torch
+
+    import fxfib
+    from fxfib.runtimes import onnx_session, with_batch
+
+    with tempfile.TemporaryDirectory() as folder:
+        sessions = []
+        for number, module in enumerate((model, small)):
+            path = Path(folder) / f"{number}.onnx"
+            fxfib.export_onnx(module, path, args, kwargs, verify=False)
+            sessions.append(
+                onnx_session(
+                    str(path), "cpu", torch.get_num_threads(), enable_profiling=True,
+                    profile_file_prefix=str(Path(folder) / str(number)),
+                )
+            )  # fmt: skip
+        one = torch.utils._pytree.tree_leaves(with_batch((args, kwargs), 2, 1))
+        for _ in range(rounds + 2):
+            for session in sessions:
+                names = [entry.name for entry in session.get_inputs()]
+                session.run(None, dict(zip(names, (leaf.numpy() for leaf in one), strict=True)))
+        before, after = (operator_times(Path(session.end_profiling())) for session in sessions)
+    names = sorted({*before, *after}, key=lambda name: -before.get(name, 0.0))
+    return [(name, before.get(name, 0.0), after.get(name, 0.0)) for name in names]
+
+
+def operator_times(path: Path) -> dict[str, float]:
+    """Of a profile: the median over runs, the first two left out, by type of operator."""
+    events = json.loads(path.read_text())
+    runs = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e["name"] == "model_run")[2:]
+    sums = [collections.Counter() for _ in runs]
+    for event in events:
+        if event.get("cat") != "Node" or not event["name"].endswith("_kernel_time"):
+            continue
+        for (start, end), total in zip(runs, sums, strict=True):
+            if start <= event["ts"] < end:
+                total[event["args"]["op_name"]] += event["dur"] / 1e3
+    names = {name for total in sums for name in total}
+    return {name: statistics.median(total[name] for total in sums) for name in names}
+
+
+def earlier(path: Path) -> list[dict[str, Any]]:
+    """Rows that the CSV holds; none where there is no CSV."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """All rows, in the order of networks, in one step."""
+    rows.sort(key=lambda row: NAMES.index(row["model"]))
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
+    temporary.replace(path)
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Efficiencies, and the operators that hold a network back most."""
+    for name in dict.fromkeys(row["model"] for row in rows):
+        own = [row for row in rows if row["model"] == name]
+        print(f"{name}: multiply-accumulates over {float(own[0]['macs_ratio']):.2f}")
+        for row in own:
+            if not row["operator"]:
+                before, after, ratio, low, high, efficiency = (
+                    float(row[key])
+                    for key in (
+                        "original_ms", "small_ms", "ratio", "ratio_low", "ratio_high", "efficiency"
+                    )
+                )  # fmt: skip
+                print(
+                    f"  {row['runtime']:<12} batch {row['batch']}: {before:8.2f} -> {after:8.2f} "
+                    f"ms, {ratio:.2f} times as fast ({low:.2f} to {high:.2f}), "
+                    f"efficiency {efficiency:.2f}"
+                )
+        held = [row for row in own if row["operator"]]
+        held.sort(key=lambda row: -float(row["excess_ms"]))
+        for row in held[:5]:
+            print(
+                f"    {row['operator']:<22} {float(row['original_ms']):8.3f} -> "
+                f"{float(row['small_ms']):8.3f} ms, {float(row['excess_ms']):+.3f} ms"
+            )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure what is missing, each network in a process of its own."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", help=f"of {', '.join(NAMES)}; by default all")
+    parser.add_argument("--again", action="store_true", help="also what the CSV has already")
+    parser.add_argument("--make", action="store_true", help="only make the smaller networks")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if unknown := set(options.models) - set(NAMES):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    if options.here:
+        (name,) = options.models
+        if options.make:
+            smaller(name, *model_of(name))
+            return 0
+        rows = measure(name, options.rounds)
+        write(options.output, [r for r in earlier(options.output) if r["model"] != name] + rows)
+        return 0
+    done = {row["model"] for row in earlier(options.output)}
+    failed = 0
+    for name in options.models or NAMES:
+        if name in done and not options.again:
+            continue
+        print(name, file=sys.stderr, flush=True)
+        command = [sys.executable, __file__, name, "--here", "--rounds", str(options.rounds)]
+        command += ["--output", str(options.output), *(["--make"] if options.make else [])]
+        failed += subprocess.run(command).returncode != 0
+    show(earlier(options.output))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
