@@ -1,18 +1,19 @@
 """Every way a compiled network is run: equal outputs first, then latency beside the original.
 
     python bench/pipeline.py                     # what is missing, one process a network
-    python bench/pipeline.py mlp lstm --rounds 50 --steps torch onnxruntime --again
+    python bench/pipeline.py mlp lstm --steps torch onnxruntime --again
 
 Each network is lifted by 1.5 and compiled back.  ``step`` says what a row compares:
 
-- ``torch`` and ``onnxruntime``: original beside compiled; ``ratio`` is original over compiled and
+- ``torch`` and ``onnxruntime``: original beside compiled; the ratio is original over compiled and
   should be 1, as both have the same widths again.
 - ``backend``: the compiled network under ``torch.compile`` beside the lifted one under
-  ``torch.compile(backend="fxfib")``; ``ratio`` is the first over the second.
+  ``torch.compile(backend="fxfib")``; the ratio is the first over the second.
 - ``checks``: no times; what holds is in ``note``, what does not is in ``failure``.
 
-``load`` is how many processes wanted a core when a network was begun: times from a busy machine say
-little, even interleaved.  Rows go to bench/results/pipeline.csv.  ``bert`` needs ``transformers``.
+``ratio`` is the median over rounds, ``best_ratio`` compares the shortest times (side_by_side.py
+says why); ``load`` is how many processes wanted a core when a network was begun.  Rows go to
+bench/results/pipeline.csv.  ``bert`` needs ``transformers``.
 """
 
 import argparse
@@ -29,9 +30,10 @@ from typing import Any
 RESULTS = Path(__file__).resolve().parent / "results" / "pipeline.csv"
 COLUMNS = (
     "model", "step", "batch", "image", "parameters", "parameters_lifted", "parameters_compiled",
-    "relative_error", "original_ms", "original_low_ms", "original_high_ms", "small_ms",
-    "small_low_ms", "small_high_ms", "ratio", "ratio_low", "ratio_high", "rounds", "threads",
-    "note", "failure", "machine", "torch", "onnxruntime", "fxfib", "load",
+    "relative_error", "original_ms", "original_low_ms", "original_high_ms", "original_best_ms",
+    "small_ms", "small_low_ms", "small_high_ms", "small_best_ms", "ratio", "ratio_low",
+    "ratio_high", "best_ratio", "rounds", "threads", "note", "failure", "machine", "torch",
+    "onnxruntime", "fxfib", "load",
 )  # fmt: skip
 VISION = {"resnet18": 128, "mobilenet_v2": 128, "resnet50": 128, "vit_b_16": 224}
 NAMES = ("mlp", "lstm", "bert", *VISION)
@@ -94,20 +96,19 @@ def tensors(outputs: Any) -> list[Any]:
 class Subject:
     """A network, the lifted one, and what compiling makes of that."""
 
-    def __init__(self, name: str, rounds: int) -> None:
+    def __init__(self, name: str) -> None:
         import onnxruntime
         import torch
 
         import fxfib
 
-        self.name, self.rounds = name, rounds
+        self.name = name
         self.model, self.args, self.kwargs = network(name)
         self.wide = fxfib.lift(self.model, 1.5, self.args, example_kwargs=self.kwargs)
         self.small = fxfib.compile(self.wide, 0.0, self.args, self.kwargs)
         self.one = torch.utils._pytree.tree_map_only(
             torch.Tensor, lambda t: t[:1].clone(), (self.args, self.kwargs)
         )
-        torch._dynamo.config.allow_rnn = True  # else recurrent layers are graph breaks
         self.common = {
             "model": name,
             "parameters": sum(p.numel() for p in self.model.parameters()),
@@ -119,38 +120,28 @@ class Subject:
             "load": round(os.getloadavg()[0], 1),
         }  # fmt: skip
 
-    def side_by_side(self, runtime: str) -> list[dict[str, Any]]:
+    def beside(self, runtime: str) -> list[dict[str, Any]]:
         """The original beside the compiled one in a runtime."""
-        import fxfib
+        from side_by_side import side_by_side
 
-        try:
-            result = fxfib.benchmark(
-                self.model, self.small, self.args, self.kwargs, runtimes=(runtime,),
-                devices=["cpu"], batch_sizes=(1,) if self.name == "vit_b_16" else (1, 8),
-                rounds=self.rounds,
-            )  # fmt: skip
-        except fxfib.FxfibError as error:
-            return [{**self.common, "step": runtime, "failure": str(error)}]
-        rows = [{**self.common, **vars(row), "step": runtime} for row in result.rows]
-        rows += [{**self.common, "step": runtime, "failure": w} for w in result.skipped.values()]
-        return rows
+        batches = (1,) if self.name == "vit_b_16" else (1, 8)
+        pair = (self.model, self.small)
+        rows = side_by_side(runtime, pair, self.args, self.kwargs, batches)
+        return [{**self.common, "step": runtime, **row} for row in rows]
 
     def backend(self) -> list[dict[str, Any]]:
         """The small module under inductor beside the lifted one under our backend."""
         import torch
+        from side_by_side import compared
 
         import fxfib
-        from fxfib.benchmarking import row_of
-        from fxfib.passes.verify import difference
 
         args, kwargs = self.one
         direct = torch.compile(self.small, dynamic=False)
         through = torch.compile(self.wide, backend=fxfib.backend(), fullgraph=True, dynamic=False)
         with torch.inference_mode():
-            gap = difference(tensors(direct(*args, **kwargs)), tensors(through(*args, **kwargs)))
-            calls = [lambda: direct(*args, **kwargs), lambda: through(*args, **kwargs)]
-            row = row_of("torch.compile", "cpu", 1, calls, self.rounds, gap)
-        return [{**self.common, **vars(row), "step": "backend"}]
+            row = compared([lambda: direct(*args, **kwargs), lambda: through(*args, **kwargs)])
+        return [{**self.common, "step": "backend", "batch": 1, **row}]
 
     def checks(self) -> list[dict[str, Any]]:
         """What must hold besides times."""
@@ -219,9 +210,12 @@ class Subject:
 
     def rows(self, step: str) -> list[dict[str, Any]]:
         """All rows of a step."""
+        import torch
+
         if step in ("torch", "onnxruntime"):
-            return self.side_by_side(step)
-        return self.backend() if step == "backend" else self.checks()
+            return self.beside(step)
+        with torch._dynamo.config.patch(allow_rnn=True):  # else recurrent layers are graph breaks
+            return self.backend() if step == "backend" else self.checks()
 
 
 def _global_state(model: Any) -> tuple[Any, ...]:
@@ -299,7 +293,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("models", nargs="*", help=f"of {', '.join(NAMES)}; by default all")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
     parser.add_argument("--again", action="store_true", help="also what the CSV has already")
-    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -307,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
     if options.here:
         (name,) = options.models
-        subject = Subject(name, options.rounds)
+        subject = Subject(name)
         for step in options.steps:
             found = subject.rows(step)
             kept = [r for r in earlier(options.output) if (r["model"], r["step"]) != (name, step)]
@@ -319,12 +312,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         steps = [s for s in options.steps if options.again or (name, s) not in done]
         if not steps:
             continue
-        command = [sys.executable, __file__, name, "--here", "--rounds", str(options.rounds)]
+        command = [sys.executable, __file__, name, "--here"]
         print(name, flush=True)
         command += ["--output", str(options.output), "--steps", *steps]
         failed += subprocess.run(command).returncode != 0
     for row in earlier(options.output):
-        times = f"{row['original_ms']} -> {row['small_ms']} ms, ratio {row['ratio']}"
+        times = (
+            f"{row['original_ms']} -> {row['small_ms']} ms, ratio {row['ratio']}, "
+            f"of the shortest times {row['best_ratio']}"
+        )
         text = row["failure"] or (row["note"] if row["step"] == "checks" else times)
         print(f"{row['model']:<13} {row['step']:<12} {row['batch']:>3}  {text}")
     return 1 if failed else 0

@@ -7,7 +7,8 @@
 is told here).  ``efficiency`` is the speed-up over the ratio of multiply-accumulates: 1 where time
 falls as the work does.  Rows without an ``operator`` are latencies; those with one are the time
 that ONNX Runtime's profiler gives to all operators of that type in one run, and ``excess_ms`` is
-what is left of it above ``original_ms`` over the ratio: the largest ones hold the network back.
+what is left of it above the original's over the ratio: the largest ones hold the network back.  All
+are the shortest times of many (side_by_side.py says why).
 Rows go to bench/results/speedup.csv, the smaller networks to build/speedup.
 """
 
@@ -15,7 +16,6 @@ import argparse
 import collections
 import csv
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import network, processor
+from side_by_side import TIMES, side_by_side
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "speedup.csv"
@@ -31,12 +32,12 @@ MADE = HERE.parent / "build" / "speedup"
 NAMES = ("resnet18", "resnet50", "mobilenet_v2", "vit_small", "bert")
 COLUMNS = (
     "model", "runtime", "batch", "operator", "macs_before", "macs_after", "macs_ratio",
-    "parameters_before", "parameters_after", "original_ms", "original_low_ms", "original_high_ms",
-    "small_ms", "small_low_ms", "small_high_ms", "ratio", "ratio_low", "ratio_high", "efficiency",
-    "excess_ms", "round_to", "rounds", "threads", "machine", "torch", "onnxruntime", "fxfib",
+    "parameters_before", "parameters_after", *TIMES[:-2], "efficiency", "excess_ms",
+    "round_to", "rounds", "threads", "machine", "torch", "onnxruntime", "fxfib",
 )  # fmt: skip
 ROUND_TO = 8
 CALIBRATION = 16
+PROFILED = 60
 
 
 def model_of(name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
@@ -82,7 +83,7 @@ def smaller(name: str, model: Any, args: Any, kwargs: Any) -> Any:
     return small
 
 
-def measure(name: str, rounds: int) -> list[dict[str, Any]]:
+def measure(name: str) -> list[dict[str, Any]]:
     """All rows of one network."""
     import onnxruntime
     import torch
@@ -96,56 +97,25 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
     common = {
         "model": name, "macs_before": report.macs_before, "macs_after": report.macs_after,
         "macs_ratio": ratio, "parameters_before": report.parameters_before,
-        "parameters_after": report.parameters_after, "round_to": ROUND_TO, "rounds": rounds,
+        "parameters_after": report.parameters_after, "round_to": ROUND_TO,
         "threads": torch.get_num_threads(), "machine": processor(), "torch": torch.__version__,
         "onnxruntime": onnxruntime.__version__, "fxfib": fxfib.__version__,
     }  # fmt: skip
     rows = []
-    for row in times(model, small, args, kwargs, rounds):
-        rows.append({**common, **row, "efficiency": row["ratio"] / ratio})
-    for operator, before, after in profile(model, small, args, kwargs, rounds):
-        own = {"original_ms": before, "small_ms": after, "excess_ms": after - before / ratio}
+    for runtime in ("onnxruntime", "torch"):
+        for row in side_by_side(runtime, (model, small), args, kwargs, (1, 8)):
+            own = {"runtime": runtime, **row, "efficiency": row["best_ratio"] / ratio}
+            rows.append({**common, **own})
+    for operator, before, after in profile(model, small, args, kwargs):
+        own = {"excess_ms": after - before / ratio, "rounds": PROFILED}
+        own |= {"original_best_ms": before, "small_best_ms": after}
         if after > 0:
-            own |= {"ratio": before / after, "efficiency": before / after / ratio}
+            own |= {"best_ratio": before / after, "efficiency": before / after / ratio}
         rows.append({**common, "runtime": "onnxruntime", "batch": 1, "operator": operator, **own})
     return rows
 
 
-def times(model: Any, small: Any, args: Any, kwargs: Any, rounds: int) -> list[dict[str, Any]]:
-    """Latencies of both in ONNX Runtime and torch; their outputs differ, as they should."""
-    import contextlib
-
-    import torch
-
-    from fxfib import timing
-    from fxfib.runtimes import opened, with_batch
-
-    found = []
-    for runtime in ("onnxruntime", "torch"):
-        with contextlib.ExitStack() as stack, torch.inference_mode():
-            runners = [
-                stack.enter_context(
-                    opened(runtime, module, (args, kwargs), "cpu", torch.get_num_threads())
-                )
-                for module in (model, small)
-            ]
-            for batch in (1, 8):
-                given = with_batch((args, kwargs), 2, batch)
-                original, ours = timing.in_turns([run(*given) for run in runners], rounds)
-                row: dict[str, Any] = {"runtime": runtime, "batch": batch}
-                ratio = timing.spread(timing.ratios(original, ours))
-                spreads = (("original", original), ("small", ours))
-                for key, values in spreads:
-                    names = (f"{key}_ms", f"{key}_low_ms", f"{key}_high_ms")
-                    row |= dict(zip(names, timing.spread(values), strict=True))
-                row |= dict(zip(("ratio", "ratio_low", "ratio_high"), ratio, strict=True))
-                found.append(row)
-    return found
-
-
-def profile(
-    model: Any, small: Any, args: Any, kwargs: Any, rounds: int
-) -> list[tuple[str, float, float]]:
+def profile(model: Any, small: Any, args: Any, kwargs: Any) -> list[tuple[str, float, float]]:
     """Milliseconds of every type of operator in one run at batch 1, before and after."""
     import torch
 
@@ -164,7 +134,7 @@ def profile(
                 )
             )  # fmt: skip
         one = torch.utils._pytree.tree_leaves(with_batch((args, kwargs), 2, 1))
-        for _ in range(rounds + 2):
+        for _ in range(PROFILED + 2):
             for session in sessions:
                 names = [entry.name for entry in session.get_inputs()]
                 session.run(None, dict(zip(names, (leaf.numpy() for leaf in one), strict=True)))
@@ -174,7 +144,7 @@ def profile(
 
 
 def operator_times(path: Path) -> dict[str, float]:
-    """Of a profile: the median over runs, the first two left out, by type of operator."""
+    """Of a profile: the shortest over runs, the first two left out, by type of operator."""
     events = json.loads(path.read_text())
     runs = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e["name"] == "model_run")[2:]
     sums = [collections.Counter() for _ in runs]
@@ -185,7 +155,7 @@ def operator_times(path: Path) -> dict[str, float]:
             if start <= event["ts"] < end:
                 total[event["args"]["op_name"]] += event["dur"] / 1e3
     names = {name for total in sums for name in total}
-    return {name: statistics.median(total[name] for total in sums) for name in names}
+    return {name: min(total[name] for total in sums) for name in names}
 
 
 def earlier(path: Path) -> list[dict[str, Any]]:
@@ -201,7 +171,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
     rows.sort(key=lambda row: NAMES.index(row["model"]))
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         for row in rows:
             writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
@@ -215,23 +185,19 @@ def show(rows: list[dict[str, Any]]) -> None:
         print(f"{name}: multiply-accumulates over {float(own[0]['macs_ratio']):.2f}")
         for row in own:
             if not row["operator"]:
-                before, after, ratio, low, high, efficiency = (
-                    float(row[key])
-                    for key in (
-                        "original_ms", "small_ms", "ratio", "ratio_low", "ratio_high", "efficiency"
-                    )
-                )  # fmt: skip
+                keys = ("original_best_ms", "small_best_ms", "best_ratio", "ratio", "efficiency")
+                before, after, best, ratio, efficiency = (float(row[key]) for key in keys)
                 print(
                     f"  {row['runtime']:<12} batch {row['batch']}: {before:8.2f} -> {after:8.2f} "
-                    f"ms, {ratio:.2f} times as fast ({low:.2f} to {high:.2f}), "
+                    f"ms, {best:.2f} times as fast (medians: {ratio:.2f}), "
                     f"efficiency {efficiency:.2f}"
                 )
         held = [row for row in own if row["operator"]]
         held.sort(key=lambda row: -float(row["excess_ms"]))
         for row in held[:5]:
             print(
-                f"    {row['operator']:<22} {float(row['original_ms']):8.3f} -> "
-                f"{float(row['small_ms']):8.3f} ms, {float(row['excess_ms']):+.3f} ms"
+                f"    {row['operator']:<22} {float(row['original_best_ms']):8.3f} -> "
+                f"{float(row['small_best_ms']):8.3f} ms, {float(row['excess_ms']):+.3f} ms"
             )
 
 
@@ -241,7 +207,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("models", nargs="*", help=f"of {', '.join(NAMES)}; by default all")
     parser.add_argument("--again", action="store_true", help="also what the CSV has already")
     parser.add_argument("--make", action="store_true", help="only make the smaller networks")
-    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -252,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.make:
             smaller(name, *model_of(name))
             return 0
-        rows = measure(name, options.rounds)
+        rows = measure(name)
         write(options.output, [r for r in earlier(options.output) if r["model"] != name] + rows)
         return 0
     done = {row["model"] for row in earlier(options.output)}
@@ -261,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name in done and not options.again:
             continue
         print(name, file=sys.stderr, flush=True)
-        command = [sys.executable, __file__, name, "--here", "--rounds", str(options.rounds)]
+        command = [sys.executable, __file__, name, "--here"]
         command += ["--output", str(options.output), *(["--make"] if options.make else [])]
         failed += subprocess.run(command).returncode != 0
     show(earlier(options.output))
