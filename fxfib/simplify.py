@@ -73,6 +73,8 @@ def simplify(graph: fx.Graph, root: nn.Module) -> None:
             assert isinstance(source, fx.Node)
             node.replace_all_uses_with(source)
             graph.erase_node(node)
+        elif node.target is aten.cat.default:
+            _join_what_is_there(graph, node)
         elif node.target in _RESHAPES:
             node.target = _RESHAPES[node.target]
         elif node.target in SHAPED_AS:
@@ -117,8 +119,33 @@ def _is_whole_slice(node: fx.Node) -> bool:
     if node.target is not aten.slice.Tensor:
         return False
     given = dict(zip(("self", "dim", "start", "end", "step"), node.args, strict=False))
-    whole = given.get("start") in (None, 0) and given.get("end") in (None, 2**63 - 1)
-    return bool(whole and given.get("step", 1) == 1 and not node.kwargs)
+    start, end = given.get("start"), given.get("end")
+    if start not in (None, 0) or given.get("step", 1) != 1 or node.kwargs:
+        return False
+    size = fixed_size(value_of(node.args[0]).shape[given.get("dim", 0)])
+    return end in (None, 2**63 - 1) or (isinstance(end, int) and size is not None and end >= size)
+
+
+def _join_what_is_there(graph: fx.Graph, node: fx.Node) -> None:
+    """Drops empty operands: a rotation of whole heads joins it with the nothing it leaves."""
+    operands, *rest = node.args
+    assert isinstance(operands, (list, tuple))
+    value = value_of(node)
+    dim = rest[0] if rest else node.kwargs.get("dim", 0)
+
+    def empty(operand: fx.Node) -> bool:
+        shape = value_of(operand).shape
+        # Next to tensors of any shape, `cat` takes the empty vector for nothing.
+        return fixed_size(shape[dim if len(shape) == value.ndim else 0]) == 0
+
+    left = [o for o in operands if isinstance(o, fx.Node) and not empty(o)]
+    if all(value_of(operand).dtype != value.dtype for operand in left):
+        return
+    if len(left) == 1:
+        node.replace_all_uses_with(left[0])
+        graph.erase_node(node)
+    else:
+        node.args = (left, *rest)
 
 
 def _detach_factory(node: fx.Node) -> None:

@@ -221,11 +221,11 @@ def _trace(
         raise Unfollowed(f"the bias of {root.name} is computed")
     shape = analysis.shape(root)
     current: Any = torch.arange(shape[-1], dtype=torch.int32).expand(shape)
-    numbers = {root: _squeezed(current.numpy())}
+    numbers = {root: squeezed(current.numpy())}
     for step in path:
         current = moved_numbers(step, current)
         if isinstance(current, torch.Tensor):
-            numbers[step] = _squeezed(current.numpy())
+            numbers[step] = squeezed(current.numpy())
     return root, tuple(path), numbers
 
 
@@ -247,7 +247,7 @@ def moved_numbers(node: fx.Node, numbers: Any) -> Any:
     return node.target(numbers, *args, **kwargs)  # type: ignore[operator]
 
 
-def _squeezed(array: Labels) -> Labels:
+def squeezed(array: Labels) -> Labels:
     """The array with size 1 on every axis along which nothing changes."""
     for axis in range(array.ndim):
         first = array.take([0], axis=axis)

@@ -51,11 +51,15 @@ class Summed:
         free: the axes that carry them; their layouts follow from the relations alone.
         rows: what is summed when a layer is rewritten, by axis.
         relations: what must hold beyond what the rules on the way say.
+        roots: the axes of the layers' outputs, end to end ...
+        terms: ... and which of these channels are added up in every element of the operand.
     """
 
     free: set[Ref] = field(default_factory=set)
     rows: dict[Ref, SummedRows] = field(default_factory=dict)
     relations: list[Relation] = field(default_factory=list)
+    roots: tuple[Ref, ...] = ()
+    terms: Terms = ()
 
 
 def follow_sum(analysis: Analysis, core: fx.Node, operand: fx.Node, axis: int) -> Summed:
@@ -269,12 +273,14 @@ class _Follower:
             raise Unfollowed("it meets itself")
 
     def result(self, cone: list[fx.Node], places: Labels) -> Summed:
-        found = Summed()
+        ordered = sorted(self.begin, key=lambda node: self.begin[node])
+        roots = tuple((node, self.root_axis(node)) for node in ordered)
+        found = Summed(roots=roots, terms=self.terms[self.operand])
         for node in cone:
             if not is_tensor(node):
                 continue
             axes = self.carrying(node, places)
-            found.free |= {(node, axis) for axis in axes}
+            found.free |= {(node, axis) for axis in axes if not self.laid_along(node, axis)}
             if len(axes) != 1 and self.sums_at(node):
                 raise Unfollowed(f"the channels of {node.name} are not on one axis")
             if len(axes) != 1:
@@ -293,6 +299,11 @@ class _Follower:
                 continue
             self.numbers_on_the_way(found, node, axis, places)
         return found
+
+    def laid_along(self, node: fx.Node, axis: int) -> bool:
+        """Whether an axis is the one along which values are laid side by side."""
+        dim = self.analysis.arguments(node)["dim"] if isinstance(find_rule(node), Stack) else None
+        return dim is not None and dim % len(self.analysis.shape(node)) == axis
 
     def sums_at(self, node: fx.Node) -> bool:
         """Whether parameters of an op are summed or compared."""

@@ -252,7 +252,7 @@ FORMS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "rotary, repeated": (lambda: Rotary(2, "repeated"), "qkv"),
     "rotary, class token": (lambda: Rotary(HEADS, "token"), "qkv"),
     "rotary, partial": (Partial, "qkv"),
-    "rotary, nothing left": (lambda: Partial(DEPTH), "v"),
+    "rotary, nothing left": (lambda: Partial(DEPTH), "qkv"),
     "rotary, interleaved": (Interleaved, "qkv"),
     "rotary, computed": (Computed, "v"),
     "biased heads": (Biased, "qkv"),

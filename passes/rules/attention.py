@@ -108,7 +108,9 @@ def multiply_values(analysis: Analysis, node: fx.Node) -> Value:
     elif fused:
         query, key, value = sides(analysis, node)
         left, right = (query, len(analysis.shape(query)) - 1), (key, len(analysis.shape(key)) - 1)
-        contract(analysis, node, left, right)
+        batch = [len(analysis.shape(side)) - 2 for side in (query, key)]
+        shared = [(batch[0] - k, batch[1] - k) for k in range(1, min(batch) + 1)]
+        contract(analysis, node, left, right, shared)
         handled |= {left, right}
     if passage is not None:
         _pass(analysis, passage)

@@ -57,6 +57,15 @@ class Product:
         both = [x for x in self.left_letters if x is not None and x in self.right_letters]
         return [letter for letter in both if letter not in self.out_letters]
 
+    @property
+    def shared(self) -> list[tuple[int, int]]:
+        """Axes of the left and the right operand that are one axis of the output."""
+        return [
+            (self.left_letters.index(letter), self.right_letters.index(letter))
+            for letter in self.out_letters
+            if letter in self.left_letters and letter in self.right_letters
+        ]
+
 
 def matrix_product(analysis: Analysis, node: fx.Node, left: fx.Node, right: fx.Node) -> Product:
     """The product of the last two axes, the others broadcast.
@@ -95,7 +104,8 @@ def color_product(analysis: Analysis, product: Product) -> Value:
         rest = [a for a, letter in enumerate(letters) if letter not in known]
         analysis.full(operand, rest, "it is summed over")
     for letter in product.contracted if analysis.merging else ():
-        contract(analysis, product.node, *product.refs(letter))
+        left, right = product.refs(letter)
+        contract(analysis, product.node, left, right, product.shared)
     return Value(analysis.shape(product.node), tuple(factors))
 
 
@@ -130,15 +140,25 @@ def pass_axis(analysis: Analysis, node: fx.Node, axis: int, refs: Sequence[Ref])
     return Factor((axis,), joint, scales, ("product", node.name, axis))
 
 
-def contract(analysis: Analysis, node: fx.Node, left: Ref, right: Ref) -> bool:
+def contract(
+    analysis: Analysis,
+    node: fx.Node,
+    left: Ref,
+    right: Ref,
+    shared: Sequence[tuple[int, int]] = (),
+) -> bool:
     """Merge channels that are summed over: the fibers of one side, sums on the other.
 
-    Returns whether that is possible; if it is not, both sides keep their size.
+    Where both sides can be summed, every position of the axes that they share (every head) may
+    merge by another side.  Returns whether any merging is possible; if it is not, both sides keep
+    their size.
     """
+    from fxfib.passes.head_sides import choose_sides
     from fxfib.passes.heads_trace import Unfollowed
     from fxfib.passes.summed import Summed, follow_sum
 
     best: tuple[int, Ref, Ref, Any, Any] | None = None
+    followed: dict[Ref, Summed] = {}
     reason = ""
     if any(
         not analysis.is_constant(n) and analysis.factor(n, int(a)) is None for n, a in (left, right)
@@ -152,7 +172,7 @@ def contract(analysis: Analysis, node: fx.Node, left: Ref, right: Ref) -> bool:
             found = Summed()
             if not analysis.is_constant(other[0]):
                 try:
-                    found = follow_sum(analysis, node, other[0], int(other[1]))
+                    found = followed[other] = follow_sum(analysis, node, other[0], int(other[1]))
                 except Unfollowed as stop:
                     reason = str(stop)
                     continue
@@ -165,22 +185,33 @@ def contract(analysis: Analysis, node: fx.Node, left: Ref, right: Ref) -> bool:
         if any(analysis.value(n).tracked(int(a)) for n, a in (left, right)):
             analysis.refuse(node, f"neither side can be summed: {reason}", REMEDY)
         return False
-    _, kept, other, factor, found = best
-    nothing = factor.labels == ZERO
-    read = np.ones(len(nothing), dtype=bool)
-    if not analysis.is_constant(other[0]):
+    count, kept, other, factor, found = best
+    labels = factor.keyed()
+    read = np.ones(len(labels), dtype=bool)
+    if other in followed:
         read = analysis.factors(other[0])[int(other[1])].labels != ZERO
-        analysis.heads.free |= found.free
-        for ref, rows in found.rows.items():
-            analysis.heads.sum_rows(ref, rows)
-        analysis.relate(*found.relations)
-    inner = analysis.inner(node, "contracted", len(nothing))
-    analysis.heads.read[node] = [(kept, read)]
+    reads, needed = [(kept, read)], read & (factor.labels != ZERO)
+    used, summed = [found], list(found.rows.items())
+    if len(followed) == 2:
+        way = choose_sides(
+            analysis,
+            (followed[left], followed[right]),
+            (int(left[1]), int(right[1])),
+            shared,
+        )
+        if way is not None and way.classes < count:
+            labels, needed = way.labels, way.read
+            reads = [(left, needed), (right, needed)]
+            used, summed = list(followed.values()), list(way.rows)
+    for one in used:
+        analysis.heads.free |= one.free
+        analysis.relate(*one.relations)
+    for ref, rows in summed:
+        analysis.heads.sum_rows(ref, rows)
+    inner = analysis.inner(node, "contracted", len(labels))
+    analysis.heads.read[node] = reads
     analysis.relate(
-        Same(inner, kept),
-        Same(inner, other),
-        Refine(inner, factor.keyed()),
-        Keep(inner, ~nothing & read),
+        Same(inner, kept), Same(inner, other), Refine(inner, labels), Keep(inner, needed)
     )
     return True
 

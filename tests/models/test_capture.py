@@ -219,6 +219,21 @@ def test_in_place_operations(function: Callable[[Tensor], Any]) -> None:
             assert_same(run(captured, x), model(x))
 
 
+def test_pieces_that_are_empty_or_whole_go() -> None:
+    def joined(y: Tensor) -> Any:
+        whole = torch.cat([y[:, :6].sin(), y[:, 6:]], -1)
+        some = torch.cat([y[:, 6:], y, y.new_zeros(0), y[:, 2:]], 1)
+        wider = torch.cat([y.half(), y[:, 6:]], 1)  # the empty piece decides the dtype
+        return whole, some, wider, torch.cat([y[:, 6:], y[:, 6:]], 1)
+
+    model = Lambda(joined).eval()
+    captured = capture(model, torch.randn(4, 6))
+    nodes = [n for n in captured.graph_module.graph.nodes if n.target is torch.ops.aten.cat.default]
+    assert sorted(len(node.args[0]) for node in nodes) == [2, 2, 2]
+    x = torch.randn(3, 6)
+    assert_same(run(captured, x), model(x))
+
+
 def test_input_changed_in_place() -> None:
     class Changes(nn.Module):
         def __init__(self) -> None:

@@ -146,8 +146,7 @@ def attention(b: Builder, v: Val, memory: Val | None = None) -> Val | None:
     values = heads_of(b, groups, size_value, width_value)
     # Each head has its copies on one side: equal rows there, rows that add up on the other.
     sums = b.rng.random(groups) < 0.5
-    if b.flip(0.6) or style:
-        # Heads turned by one table shrink on one side only, all of them on the same.
+    if b.flip(0.6):
         sums = np.full(groups, sums[0])
     bias = bool(v.copies.constant.any() or memory.copies.constant.any()) or b.flip(0.7)
     parts = []
