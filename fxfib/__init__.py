@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # what `__getattr__` below loads, for editors and type checke
     from fxfib.onnx import export_onnx
     from fxfib.report import Report
     from fxfib.serialize import load, save
+    from fxfib.synchrony import Synchrony, synchrony
     from fxfib.theorems import Theorems, check
     from fxfib.tuning import tune
     from fxfib.widths import Widths, measure_widths
@@ -38,6 +39,8 @@ _HOME = {
     "ShrinkAndPerturb": "fxfib.breaking",
     "SymmetryBreaker": "fxfib.breaking",
     "Monitor": "fxfib.monitor",
+    "Synchrony": "fxfib.synchrony",
+    "synchrony": "fxfib.synchrony",
     "Theorems": "fxfib.theorems",
     "Benchmark": "fxfib.benchmarking",
     "benchmark": "fxfib.benchmarking",
@@ -68,6 +71,7 @@ __all__ = [
     "Report",
     "ShrinkAndPerturb",
     "SymmetryBreaker",
+    "Synchrony",
     "Theorems",
     "VerifyError",
     "Widths",
@@ -83,6 +87,7 @@ __all__ = [
     "load",
     "measure_widths",
     "save",
+    "synchrony",
     "tune",
 ]
 

@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.utils._pytree as pytree
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
+from fxfib import converse
 from fxfib.api import check_options, shrink
-from fxfib.capture import Captured, capture, normalize_inputs
+from fxfib.both_runs import Run, error_of
+from fxfib.capture import capture
 from fxfib.coloring import FIRST_FREE, ONE, Factor, Labels, unique_rows
-from fxfib.errors import InputError
 from fxfib.passes.backward import Colored, Continued
 from fxfib.passes.cover import blocks, labels_of, stable
-from fxfib.passes.verify import TOLERANCE, Float64, difference, run_float64
+from fxfib.passes.verify import TOLERANCE, difference, run_float64
 
 #: Everything is computed in float64.
 TOLERATED = TOLERANCE[torch.float64]
@@ -34,7 +34,7 @@ class Law:
         equation: of the paper.
         compared: how many pairs (or layers, or numbers) the statement is about here.
         deviation: the largest one, over the largest absolute value of the same tensor; for
-            partitions, how many classes were split.
+            partitions, how many classes were split (or, in the converse, should be one).
         holds: whether it is within the tolerance; None where eps > 0 and nothing is claimed.
         note: what else there is to say.
     """
@@ -108,7 +108,10 @@ def check(
     Activations are equal in fibers (Eq. 4), errors in opfibers (Eq. 6), weight updates on
     fiber x opfiber blocks (Eq. 8), the covers after a step of gradient descent are a coarsening of
     those before (Theorem 2.1), and compression keeps output and loss (Eq. 10).  The errors that the
-    rules propagate are also compared with those of autograd.
+    rules propagate are also compared with those of autograd.  At ``eps=0``, where all before (or
+    behind) a linear layer is linear, it is tried the other way round, too: nodes with equal
+    activations (errors) are in one fiber (opfiber), if the colors that they are sums of are
+    linearly independent.
 
     Theorem 2.1 is measured twice.  Covers by Eq. 9 sum weights over fibers and opfibers that need
     not be covers; such a fiber falls apart in a step, and a cover that rests on it can be split.
@@ -143,99 +146,12 @@ def check(
         *_coarsening(run, analysis, float(eps), opfiber_eps, lr),
         _compression(run, float(eps)),
     ]
+    if exact:
+        laws += _converse(run, analysis)
     return Theorems(
         type(captured.source).__name__, float(eps),
         float(eps if opfiber_eps is None else opfiber_eps), run.loss, tuple(laws),
     )  # fmt: skip
-
-
-class Run:
-    """One forward and backward pass of a captured model in float64.
-
-    Attributes:
-        values: the activations, by node.
-        gradients: of the activations.
-        updates: gradients of the parameters, by name.
-        errors: of the activations, as the rules propagate them.
-        loss: its value.
-    """
-
-    def __init__(
-        self,
-        captured: Captured,
-        continued: Continued,
-        loss_fn: Callable[[Any], Tensor],
-        example_inputs: Any,
-        example_kwargs: Mapping[str, Any] | None,
-    ) -> None:
-        self.captured, self.continued, self.loss_fn = captured, continued, loss_fn
-        given = normalize_inputs(captured.source, example_inputs, example_kwargs)
-        self.inputs = [_wide(leaf) for leaf in pytree.tree_leaves(given)]
-        self.values: dict[fx.Node, Tensor] = {}
-        self.parameters: dict[str, Tensor] = {}
-        trained = dict(captured.graph_module.named_parameters())
-        outer = self
-
-        class Forward(Float64):
-            def run_node(self, n: fx.Node) -> Any:
-                if n in continued.added:
-                    return None
-                result = super().run_node(n)
-                if not isinstance(result, Tensor) or not result.is_floating_point():
-                    return result
-                if n.op == "get_attr":
-                    result = result.detach().double()
-                    if str(n.target) in trained:
-                        outer.parameters[str(n.target)] = result.requires_grad_()
-                elif n.op == "placeholder":
-                    result = result.detach().requires_grad_()
-                elif result.requires_grad:
-                    result = result.view_as(result)
-                if result.requires_grad:
-                    result.retain_grad()
-                outer.values[n] = result
-                return result
-
-        with torch.enable_grad():
-            outputs = Forward(continued.graph_module).run(*self.inputs)
-            loss = self.loss_of(outputs)
-            loss.backward()
-        self.loss = float(loss.detach())
-        seeds = [_error(self.values[node]) for node, _ in continued.seeds]
-        self.errors = self._propagate(seeds)
-
-    def loss_of(self, outputs: Any) -> Tensor:
-        """The loss of the graph's flat outputs."""
-        loss = self.loss_fn(pytree.tree_unflatten(list(outputs), self.captured.out_spec))
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or not bool(torch.isfinite(loss)):
-            raise InputError("loss_fn must return a finite scalar tensor.")
-        if not loss.requires_grad and torch.is_grad_enabled():
-            raise InputError("loss_fn must return a tensor that depends on the model's output.")
-        return loss
-
-    def _propagate(self, seeds: list[Tensor]) -> dict[fx.Node, Tensor]:
-        wanted = {error: node for node, error in self.continued.errors.items()}
-        found: dict[fx.Node, Tensor] = {}
-
-        class Backward(Float64):
-            def run_node(self, n: fx.Node) -> Any:
-                result = super().run_node(n)
-                if n in wanted:
-                    found[n] = result
-                return result
-
-        with torch.no_grad():
-            Backward(self.continued.graph_module).run(*self.inputs, *seeds)
-        return {node: found[error] for error, node in wanted.items() if error in found}
-
-
-def _wide(leaf: Any) -> Any:
-    floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
-    return leaf.detach().double() if floating else leaf
-
-
-def _error(value: Tensor) -> Tensor:
-    return torch.zeros_like(value) if value.grad is None else value.grad
 
 
 Measured = tuple[int, float]
@@ -278,19 +194,19 @@ def _activations(run: Run, analysis: Colored) -> Measured:
 
 def _errors(run: Run, analysis: Colored) -> Measured:
     pairs, worst = 0, 0.0
-    largest = max((float(_error(v).abs().max()) for v in run.values.values() if v.numel()),
+    largest = max((float(error_of(v).abs().max()) for v in run.values.values() if v.numel()),
                   default=0.0)  # fmt: skip
     for node, error in run.continued.errors.items():
         if node in run.values and node not in run.continued.added and error in analysis.values:
             for factor in analysis.color(error).factors:
-                more, gap = _apart(_error(run.values[node]), factor, 1e-6 * largest)
+                more, gap = _apart(error_of(run.values[node]), factor, 1e-6 * largest)
                 pairs, worst = pairs + more, max(worst, gap)
     return pairs, worst
 
 
 def _propagated(run: Run) -> Measured:
     count, worst = 0, 0.0
-    true = {n: _error(run.values[n]) for n in run.errors if n in run.values}
+    true = {n: error_of(run.values[n]) for n in run.errors if n in run.values}
     largest = max((float(t.abs().max()) for t in true.values() if t.numel()), default=0.0)
     for node, expected in true.items():
         if node in run.continued.added or not expected.numel() or not largest:
@@ -303,7 +219,7 @@ def _propagated(run: Run) -> Measured:
 
 def _updates(run: Run, analysis: Colored) -> Measured:
     pairs, worst = 0, 0.0
-    gradients = {k: _error(p) for k, p in run.parameters.items()}
+    gradients = {k: error_of(p) for k, p in run.parameters.items()}
     largest = max((float(g.abs().max()) for g in gradients.values() if g.numel()), default=0.0)
     for (node, axis), labels in blocks(analysis, run.continued.values).items():
         gradient = gradients.get(str(node.target)) if node.op == "get_attr" else None
@@ -315,6 +231,22 @@ def _updates(run: Run, analysis: Colored) -> Measured:
     return pairs, worst
 
 
+def _converse(run: Run, analysis: Colored) -> list[Law]:
+    """What is in step is a fiber, where all is linear."""
+    found = []
+    for name, equation, part in (
+        ("equal activations are fibers (linear)", "Eq. 4, only if", converse.activations),
+        ("equal errors are opfibers (linear)", "Eq. 6, only if", converse.errors),
+    ):
+        seen = part(run, analysis)
+        if seen.compared:
+            more = f"{seen.dependent} layers read dependent colors" if seen.dependent else ""
+            found.append(
+                Law(name, equation, seen.compared, float(seen.merged), seen.merged == 0, more)
+            )
+    return found
+
+
 def _coarsening(
     run: Run, analysis: Colored, eps: float, opfiber_eps: float | None, lr: float
 ) -> list[Law]:
@@ -322,7 +254,7 @@ def _coarsening(
     continued = run.continued
     with torch.no_grad():
         stepped = {
-            name: tensor.detach() - lr * _error(tensor) for name, tensor in run.parameters.items()
+            name: tensor.detach() - lr * error_of(tensor) for name, tensor in run.parameters.items()
         }
     wide = max(eps, AFTER_STEP), max(eps if opfiber_eps is None else opfiber_eps, AFTER_STEP)
     after = labels_of(continued.color(*wide, weights=stepped), continued.values, "cover")

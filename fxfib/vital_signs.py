@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +74,31 @@ class Probe:
             weights: present parameters and buffers by name.
         """
         seen: dict[str, tuple[int, float]] = {}
+
+        def see(name: str, table: Tensor) -> None:
+            seen[name] = dead_of(table), effective_rank(table)
+
+        self.run(weights, self.inputs, see)
+        found = {}
+        for name, sources in self.sources.items():
+            dead, rank = seen.get(name, (None, None))
+            found[name] = VitalSigns(dead, rank, _norm(sources, weights))
+        return found
+
+    def run(
+        self,
+        weights: Mapping[str, Tensor],
+        inputs: Sequence[Any],
+        see: Callable[[str, Tensor], None],
+    ) -> None:
+        """One pass through the forward part.
+
+        Args:
+            weights: present parameters and buffers by name.
+            inputs: flat inputs of the model.
+            see: called with every layer and its activations ``[rows, nodes]``, where rows are
+                examples and positions, examples first.
+        """
         probe = self
 
         class Forward(fx.Interpreter):
@@ -82,20 +107,14 @@ class Probe:
                     return None
                 value = super().run_node(n)
                 for name, axis in probe.behind.get(n, ()):
-                    table = value.movedim(axis, -1).flatten(0, -2)
-                    seen[name] = dead_of(table), effective_rank(table)
+                    see(name, value.movedim(axis, -1).flatten(0, -2))
                 return value
 
             def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
                 own = weights.get(str(target))
                 return super().get_attr(target, args, kwargs) if own is None else own
 
-        Forward(self.continued.graph_module).run(*self.inputs)
-        found = {}
-        for name, sources in self.sources.items():
-            dead, rank = seen.get(name, (None, None))
-            found[name] = VitalSigns(dead, rank, _norm(sources, weights))
-        return found
+        Forward(self.continued.graph_module).run(*inputs)
 
 
 def _behind(ref: Ref, forward: set[fx.Node]) -> Ref:

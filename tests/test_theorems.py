@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import fxfib
+from fxfib import converse
 from fxfib.errors import InputError
 from fxfib.passes.rules.linear import LinearMap
 
@@ -26,7 +28,7 @@ def test_everything_holds_on_planted_networks(seed: int) -> None:
     before = {name: p.clone() for name, p in planted.wide.named_parameters()}
     found = fxfib.check(planted.wide, planted.inputs, squares)
     assert found.holds, str(found)
-    assert [law.equation for law in found.laws] == [
+    assert [law.equation for law in found.laws if "only if" not in law.equation] == [
         "Eq. 4", "Eq. 2", "Eq. 6", "Eq. 8", "Eq. 9", "Theorem 2.1", "Eq. 10",
     ]  # fmt: skip
     assert all(law.compared > 0 for law in found.laws)
@@ -102,3 +104,65 @@ def test_color_knows_all_symmetries(symmetry: str) -> None:
     expected = {"fiber": 4, "opfiber": 4, "cover": 4, "stable": 5}[symmetry]
     assert len(colors.labels["2"].unique()) == expected
     assert colors.to_dict()["symmetry"] == symmetry
+
+
+# -- the converse ----------------------------------------------------------------------------------
+
+
+def linear() -> nn.Sequential:
+    """No activations: fibers of nodes 0 and 3 behind other rows, opfibers of nodes 1 and 2."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 6), nn.Linear(6, 4), nn.Linear(4, 5))
+    model = model.double()
+    with torch.no_grad():
+        first, second, third = model[0], model[1], model[2]
+        first.weight[3], first.bias[3] = first.weight[0], first.bias[0]
+        second.weight[4], second.bias[4] = second.weight[2], second.bias[2]
+        second.weight[4, 0] += 0.25
+        second.weight[4, 3] -= 0.25
+        third.weight[:, 1] = third.weight[:, 2]
+    return model
+
+
+def test_in_linear_networks_what_is_in_step_is_a_fiber(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = linear(), torch.randn(3, 7, dtype=torch.float64)
+    found = fxfib.check(model, x, squares)
+    assert found.holds, str(found)
+    forward, back = found["Eq. 4, only if"], found["Eq. 6, only if"]
+    # The third layer reads five colors that are sums of four, and the bias.
+    assert forward.compared == 4 + 5 + 5
+    assert forward.note == "1 layers read dependent colors"
+    assert forward.holds and back.holds
+    assert back.compared > 0
+    for name, equation in (("fiber_of", "Eq. 4, only if"), ("opfiber_of", "Eq. 6, only if")):
+        with monkeypatch.context() as patch:
+            right = getattr(converse, name)
+            patch.setattr(converse, name, lambda *a, right=right: np.arange(len(right(*a))))
+            wrong = fxfib.check(model, x, squares)
+            assert wrong[equation].holds is False
+            assert wrong[equation].deviation >= 1
+            assert not wrong.holds
+
+
+def test_dependent_colors_can_be_in_step_without_being_a_fiber() -> None:
+    """Node 2 is the sum of nodes 0 and 1; reading it, or both, is the same."""
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)).double()
+    with torch.no_grad():
+        for part in (model[0].weight, model[0].bias):
+            part[2] = part[0] + part[1]
+        model[1].weight[0] = torch.tensor([1.0, 1.0, 0.0, 0.5])
+        model[1].weight[1] = torch.tensor([0.0, 0.0, 1.0, 0.5])
+        model[1].bias[1] = model[1].bias[0]
+    x = torch.randn(3, 5, dtype=torch.float64)
+    assert torch.allclose(*model(x).T[:2])
+    found = fxfib.check(model, x, squares)
+    assert len(fxfib.color(model, x).labels["1"].unique()) == 3
+    law = found["Eq. 4, only if"]
+    assert law.holds and law.compared == 4
+    assert "1 layers read dependent colors" in law.note
+
+
+def test_behind_an_activation_nothing_is_claimed_the_other_way() -> None:
+    found = fxfib.check(pair(), torch.randn(7, 3, dtype=torch.float64), squares)
+    assert found["Eq. 4, only if"].compared == 3  # the first layer, before any activation
+    assert all(law.equation != "Eq. 6, only if" for law in found.laws)
