@@ -12,8 +12,9 @@ from fxfib._version import __version__
 if TYPE_CHECKING:  # what `__getattr__` below loads, for editors and type checkers
     from fxfib import errors
     from fxfib.api import color, compile
+    from fxfib.baselines import ContinualBackpropagation, ShrinkAndPerturb
     from fxfib.benchmarking import Benchmark, benchmark
-    from fxfib.breaking import ContinualBackpropagation, ShrinkAndPerturb, SymmetryBreaker
+    from fxfib.breaking import SymmetryBreaker
     from fxfib.dynamo import backend
     from fxfib.errors import (
         CaptureError,
@@ -35,8 +36,8 @@ if TYPE_CHECKING:  # what `__getattr__` below loads, for editors and type checke
     from fxfib.widths import Widths, measure_widths
 
 _HOME = {
-    "ContinualBackpropagation": "fxfib.breaking",
-    "ShrinkAndPerturb": "fxfib.breaking",
+    "ContinualBackpropagation": "fxfib.baselines",
+    "ShrinkAndPerturb": "fxfib.baselines",
     "SymmetryBreaker": "fxfib.breaking",
     "Monitor": "fxfib.monitor",
     "Synchrony": "fxfib.synchrony",

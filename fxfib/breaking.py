@@ -1,24 +1,27 @@
-"""Giving capacity back while training: breaking covers, and two published baselines."""
+"""Giving capacity back while training: breaking covers."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxfib.errors import InputError, RefusedError
+from fxfib.capture import normalize_inputs
+from fxfib.errors import InputError
+from fxfib.optimizer_state import Optimizers
 from fxfib.passes.cover import labels_of
 from fxfib.passes.units import Place, Unit
-from fxfib.refusals import unwrap
-from fxfib.renewal import Renewal, Replacement, default_tolerance
+from fxfib.renewal import Renewal, Replacement, default_tolerance, evaluating
+from fxfib.substitutes import Substitute, substitutes
+from fxfib.units_at_work import activations, into_bias, plain, takes_constants
 
 
 class SymmetryBreaker(Renewal):
-    """Breaks covers to keep a network able to learn.
+    r"""Breaks covers to keep a network able to learn.
 
     Nodes of one cover learn the same for ever.  All but one of them are redundant: the outgoing
     weights of such a node are added to its representative's (the oldest), so the function is kept
@@ -35,10 +38,23 @@ class SymmetryBreaker(Renewal):
     replaced node ends the cover: the representative's error has doubled, and it parts from the
     third by itself.
 
+    Weights alone say what is equal for *every* input.  With ``criterion="energy"`` a node is
+    redundant that is so on the inputs that the model is trained on, ``breaker.step(images)``:
+    one other node of the layer, or a constant, does what it does,
+    :math:`h_i \approx a h_j + b`, and by that the reader loses at most the share ``eps`` of
+
+    .. math::
+        \sum_k \lVert w^{out}_k\rVert^2 \operatorname{Var}(h_k).
+
+    Dead units are such nodes (their share is 0).  The outgoing weights times :math:`a` go to the
+    other node, times :math:`b` into the reader's bias; what costs least is replaced first.  The
+    layers' nodes must be read by one linear layer or convolution.
+
     Args:
         eps, opfiber_eps, criterion: how near activations and errors must be; see
             :func:`fxfib.color`.  At 0 the outputs must not change; above, the change stands in
             every :class:`Replacement`.
+        examples: with ``"energy"``, how many recent examples are kept to look at.
         Others as for :class:`Renewal`.
     """
 
@@ -47,26 +63,38 @@ class SymmetryBreaker(Renewal):
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizers,
         example_inputs: Any,
         *,
         eps: float = 0.0,
         opfiber_eps: float | None = None,
         criterion: str = "fibration",
         every: int = 100,
+        examples: int = 512,
         **options: Any,
     ) -> None:
         from fxfib.api import check_options
 
-        if isinstance(eps, Mapping) or criterion == "energy":
-            raise InputError("covers take one number as eps, and not the criterion 'energy'.")
+        if isinstance(eps, Mapping):
+            raise InputError("covers take one number as eps.")
+        if examples < 2 or (criterion == "energy" and opfiber_eps is not None):
+            raise InputError("examples must be at least 2; 'energy' has no eps for opfibers.")
         for value in (eps, eps if opfiber_eps is None else opfiber_eps):
             check_options(value, criterion, None)
-        super().__init__(model, optimizer, example_inputs, every=every, **options)
         self.eps, self.opfiber_eps, self.criterion = float(eps), opfiber_eps, criterion
+        super().__init__(model, optimizer, example_inputs, every=every, **options)
+        self.examples = examples
+        self.recent: list[tuple[int, Any]] = []
+        self._found: dict[str, dict[int, Substitute]] = {}
 
     def covers(self) -> dict[str, np.ndarray[Any, np.dtype[np.int64]]]:
-        """Labels of the nodes of every layer that can be replaced."""
+        """Labels of the nodes of every layer that can be replaced; not for ``"energy"``.
+
+        Raises:
+            InputError: redundant nodes are told by energy, in which there are no classes.
+        """
+        if self.criterion == "energy":
+            raise InputError("'energy' tells which nodes others can stand for, not classes.")
         now = {
             **dict(self.source.named_parameters(remove_duplicate=False)),
             **dict(self.source.named_buffers(remove_duplicate=False)),
@@ -75,8 +103,25 @@ class SymmetryBreaker(Renewal):
         found = labels_of(analysis, self.continued.values, "cover")
         return {name: found[name] for name in self.units}
 
-    def candidates(self) -> dict[str, dict[int, int | None]]:
-        """All but the oldest node of every cover."""
+    def step(self, *inputs: Any, **kwargs: Any) -> tuple[Replacement, ...]:
+        """Call after ``optimizer.step()``, with what the model was called with: see the class.
+
+        Raises:
+            VerifyError: the outputs would change though they must not; nothing was replaced.
+        """
+        if self.criterion == "energy" and (inputs or kwargs):
+            self.example = normalize_inputs(self.source, inputs, kwargs)
+            self.recent.append((_count(self.example), self.example))
+            seen = sum(count for count, _ in self.recent)
+            while seen - self.recent[0][0] >= self.examples:
+                seen -= self.recent.pop(0)[0]
+        return super().step(*inputs, **kwargs)
+
+    def candidates(self, *, everyone: bool = False) -> dict[str, dict[int, int | None]]:
+        """All but the oldest node of every cover, or all that others can stand for."""
+        if self.criterion == "energy":
+            self._found = self.substitutes(everyone=everyone)
+            return {name: {n: s.node for n, s in own.items()} for name, own in self._found.items()}
         found: dict[str, dict[int, int | None]] = {}
         for name, labels in self.covers().items():
             lead: dict[int, int] = {}
@@ -86,214 +131,88 @@ class SymmetryBreaker(Renewal):
             found[name] = {node: lead for node, lead in enumerate(leads) if lead != node}
         return found
 
+    def order(self, layer: str, eligible: list[int]) -> list[int]:
+        """By energy, what costs least; of covers, anyone."""
+        if self.criterion == "energy":
+            return sorted(eligible, key=lambda node: self._found[layer][node].cost)
+        return super().order(layer, eligible)
+
+    def substitutes(self, *, everyone: bool = True) -> dict[str, dict[int, Substitute]]:
+        """What can stand for which node on the recent examples, by layer; or for mature ones."""
+        seen: dict[str, list[Tensor]] = {name: [] for name in self.units}
+        handles = []
+        for name, unit in self.units.items():
+            place = unit.outgoing[0]
+            hook = partial(_keep, place, seen[name])
+            handles.append(self._owner(place).register_forward_pre_hook(hook))
+        try:
+            # Compiled calls need not run hooks.
+            eager = torch.compiler.set_stance("force_eager")
+            with evaluating(self.source), torch.no_grad(), eager:
+                for _, (args, kwargs) in self.recent or [(1, self.example)]:
+                    self.source(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        found = {}
+        for name, unit in self.units.items():
+            place, reader = unit.outgoing[0], self._owner(unit.outgoing[0])
+            weight = self.tensor(place.name).detach().movedim(place.axis, 0)
+            columns = weight[torch.from_numpy(place.positions).to(weight.device)]
+            young = torch.from_numpy(self.ages[name] <= (-1 if everyone else self.maturity))
+            found[name] = substitutes(
+                torch.cat(seen[name], 2), columns.double().square().flatten(1).sum(1),
+                self.eps, young.to(weight.device), constants=takes_constants(reader),
+            )  # fmt: skip
+        return found
+
     def break_all(self) -> tuple[Replacement, ...]:
         """The one-shot form of the paper: every redundant node starts anew, now.
 
         Raises:
             VerifyError: the outputs would change though they must not; nothing was replaced.
         """
-        found = self.candidates()
+        found = self.candidates(everyone=True)
         return self.replace((name, *pair) for name, own in found.items() for pair in own.items())
 
     def tolerance(self) -> float:
         """That of rounding at eps = 0; above, where a cover is only nearly one, no limit."""
         return float("inf") if self.eps or self.opfiber_eps else default_tolerance(self.source)
 
-
-class ContinualBackpropagation(Renewal):
-    r"""The published baseline: the least useful mature nodes start anew, in covers or not.
-
-    The utility of a node is its adaptable contribution,
-    :math:`\overline{|h - \bar h|}\,\sum|w_{out}| / \sum|w_{in}|`, averaged over the batches that
-    the model sees in training (running means, corrected for their start).  The mean of what a
-    replaced node contributed goes into the bias that follows; the rest is lost.
-
-    Layers that one ``nn.Linear`` or ``nn.Conv*`` reads are covered.  Forward hooks observe the
-    activations (:meth:`close` takes them off), which is why a compiled model is refused.
-
-    Args:
-        decay: of the running means, in [0, 1).
-        Others as for :class:`Renewal`.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        example_inputs: Any,
-        *,
-        decay: float = 0.99,
-        **options: Any,
-    ) -> None:
-        if not 0 <= decay < 1:
-            raise InputError(f"decay must be in [0, 1), not {decay!r}.")
-        if unwrap(model) is not model:
-            raise RefusedError(
-                f"{type(model).__name__} need not run the hooks that observe activations; "
-                "give the module inside, and train that."
-            )
-        super().__init__(model, optimizer, example_inputs, **options)
-        self.decay = decay
-        self.running = {name: self._unseen(unit) for name, unit in self.units.items()}
-        self._handles = [
-            self._owner(unit.outgoing[0]).register_forward_pre_hook(self._observe(unit))
-            for unit in self.units.values()
-        ]
-
-    def close(self) -> None:
-        """Take the hooks off the model."""
-        for handle in self._handles:
-            handle.remove()
-
-    def candidates(self) -> dict[str, dict[int, int | None]]:
-        """Every node whose activations were seen; nobody takes over."""
-        return {
-            name: dict.fromkeys(torch.nonzero(own["seen"]).flatten().tolist())
-            for name, own in self.running.items()
-        }
-
-    def order(self, layer: str, eligible: list[int]) -> list[int]:
-        """The least useful first."""
-        utility = self.utility(layer)[eligible]
-        return [eligible[k] for k in torch.argsort(utility, stable=True).tolist()]
-
-    def utility(self, layer: str) -> Tensor:
-        """Adaptable contribution of a layer's nodes, float64 ``[nodes]``; NaN before any batch."""
-        own = self.running[layer]
-        return own["utility"] / (1 - self.decay ** own["seen"])
-
     def state_dict(self) -> dict[str, Any]:
-        """What to keep in a checkpoint, the running means included."""
-        running = {n: {k: v.clone() for k, v in own.items()} for n, own in self.running.items()}
-        return {**super().state_dict(), "running": running}
+        """What to keep in a checkpoint; with ``"energy"`` the recent examples are part of it."""
+        return {**super().state_dict(), "recent": list(self.recent)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""
         super().load_state_dict(state)
-        for name, own in self.running.items():
-            for key, value in own.items():
-                value.copy_(state["running"][name][key])
+        self.recent = list(state["recent"])
+        self.example = self.recent[-1][1] if self.recent else self.example
 
     def _reason(self, unit: Unit) -> str:
         readers = [self._owner(place) for place in unit.outgoing]
-        plain = isinstance(readers[0], (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
-        if len(readers) > 1 or not plain:
+        if self.criterion == "energy" and (len(readers) > 1 or not plain(readers[0])):
             return "it is not read by one linear layer or convolution"
         return super()._reason(unit)
 
-    def _unseen(self, unit: Unit) -> dict[str, Tensor]:
-        device = self.tensor(unit.outgoing[0].name).device
-        shape = unit.outgoing[0].positions.shape
-        shapes = {"utility": shape[:1], "seen": shape[:1], "mean": shape}
-        return {k: torch.zeros(s, dtype=torch.float64, device=device) for k, s in shapes.items()}
-
-    def _observe(self, unit: Unit) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        place = unit.outgoing[0]
-
-        @torch.no_grad()
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if not module.training:
-                return
-            own, x = self.running[unit.layer], args[0].detach()
-            axis = x.ndim - module.weight.ndim + 1
-            axis = x.ndim - 1 if isinstance(module, nn.Linear) else axis
-            h = x.movedim(axis, 0).flatten(1).to(torch.promote_types(x.dtype, torch.float32))
-            positions = self._rows(place, list(range(unit.size))).view(unit.size, -1)
-            own["seen"] += 1
-            own["mean"].lerp_(h.mean(1)[positions].double(), 1 - self.decay)
-            center = own["mean"] / (1 - self.decay ** own["seen"])[:, None]
-            centers = torch.empty(len(h), dtype=h.dtype, device=h.device)
-            centers[positions] = center.to(h.dtype)
-            spread = (h - centers[:, None]).abs().mean(1)[positions].mean(1).double()
-            incoming = self._size(unit.incoming).clamp_min(1e-12)
-            own["utility"].lerp_(spread * self._size(unit.outgoing) / incoming, 1 - self.decay)
-
-        return hook
-
-    def _size(self, places: list[Place]) -> Tensor:
-        """Sum of the absolute weights of every node, over its matrices."""
-        total = torch.zeros(())
-        for place in places:
-            weight = self.tensor(place.name).detach()
-            if weight.ndim > 1:
-                sums = weight.movedim(place.axis, 0).flatten(1).abs().double().sum(1)
-                rows = self._rows(place, list(range(len(place.positions))))
-                own = sums[rows].view(len(place.positions), -1).sum(1)
-                total = own + total.to(own.device)
-        return total
-
-    def _hand_over(self, unit: Unit, node: int, lead: int | None) -> None:
-        super()._hand_over(unit, node, lead)
-        place, own = unit.outgoing[0], self.running[unit.layer]
-        bias = self._owner(place).bias
-        if lead is None and isinstance(bias, Tensor) and own["seen"][node]:
-            weight = self.tensor(place.name).movedim(place.axis, 0)[self._rows(place, [node])]
-            mean = own["mean"][node] / (1 - self.decay ** own["seen"][node])
-            bias += (weight.flatten(2).sum(2) if weight.ndim > 2 else weight).T @ mean.to(bias)
+    def _hand_over(self, unit: Unit, node: int, lead: int | None, scale: float = 1.0) -> None:
+        found = self._found.get(unit.layer, {}).get(node)
+        if found is None or found.node != lead:
+            super()._hand_over(unit, node, lead, scale)
+            return
+        super()._hand_over(unit, node, lead, found.scale)
+        into_bias(unit.outgoing[0], self._owner(unit.outgoing[0]), node, found.constant)
 
     def _started(self, layer: str, nodes: list[int]) -> None:
         super()._started(layer, nodes)
-        for value in self.running[layer].values():
-            value[nodes] = 0.0
+        self._found.pop(layer, None)
 
 
-class ShrinkAndPerturb:
-    """The other baseline: all parameters shrink and get a little of a new initialisation.
+def _keep(place: Place, own: list[Tensor], module: nn.Module, args: tuple[Any, ...]) -> None:
+    own.append(activations(place, module, args[0]))
 
-    ``p <- (1 - shrink) p + perturb * fresh``, where ``fresh`` is drawn by the modules' own
-    ``reset_parameters``.
 
-    Args:
-        model: trained in place.
-        optimizer, example_inputs: not used; so that one way can stand for another.
-        shrink: in [0, 1].
-        perturb: not negative.
-        every: every so many steps.
-
-    Raises:
-        InputError: an option is out of range.
-        RefusedError: a parameter has no initialisation of its own.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer | None = None,
-        example_inputs: Any = None,
-        *,
-        shrink: float = 1e-4,
-        perturb: float = 1e-4,
-        every: int = 1,
-    ) -> None:
-        if not 0 <= shrink <= 1 or perturb < 0 or every < 1:
-            raise InputError("shrink must be in [0, 1], perturb not negative, every at least 1.")
-        self.source = unwrap(model)
-        self.shrink, self.perturb, self.every = shrink, perturb, every
-        self.steps = 0
-        self._fresh = copy.deepcopy(self.source)
-        for path, module in self._fresh.named_modules():
-            for name in dict(module.named_parameters(recurse=False)):
-                if not callable(getattr(module, "reset_parameters", None)):
-                    full = f"{path}.{name}" if path else name
-                    raise RefusedError(f"{full} has no initialisation of its own.")
-
-    def step(self) -> tuple[Replacement, ...]:
-        """Call after ``optimizer.step()``; no single node is replaced."""
-        self.steps += 1
-        if self.steps % self.every:
-            return ()
-        for module in self._fresh.modules():
-            if dict(module.named_parameters(recurse=False)):
-                module.reset_parameters()  # type: ignore[operator]
-        with torch.no_grad():
-            for old, new in zip(self.source.parameters(), self._fresh.parameters(), strict=True):
-                old.mul_(1 - self.shrink).add_(new.to(old), alpha=self.perturb)
-        return ()
-
-    def state_dict(self) -> dict[str, Any]:
-        """What to keep in a checkpoint."""
-        return {"steps": self.steps}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken."""
-        self.steps = state["steps"]
+def _count(example: Any) -> int:
+    args, kwargs = example
+    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim]
+    return len(tensors[0]) if tensors else 1

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fxfib.capture import capture, normalize_inputs
 from fxfib.errors import InputError, RefusedError, VerifyError
+from fxfib.optimizer_state import Memory, Optimizers
 from fxfib.passes.backward import Continued
 from fxfib.passes.units import Place, Unit, units_of
 from fxfib.passes.verify import TOLERANCE, difference
@@ -48,8 +49,8 @@ class Renewal:
 
     Args:
         model: trained in place; every parameter keeps its identity.  ``torch.compile`` may wrap it.
-        optimizer: any of ``torch.optim`` but ``LBFGS``.  Its state of the replaced nodes' weights
-            becomes that of a new parameter (and their gradients zero); its count of steps goes on.
+        optimizer: any of ``torch.optim`` but ``LBFGS``, or several.  State of replaced nodes'
+            weights becomes that of a new parameter, gradients zero; the count of steps goes on.
         example_inputs, example_kwargs: as for :func:`fxfib.compile`.
         replacement_rate: share of the eligible nodes that is replaced, by step.  What is less than
             one node adds up.
@@ -73,7 +74,7 @@ class Renewal:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizers,
         example_inputs: Any,
         *,
         replacement_rate: float = 3e-4,
@@ -86,13 +87,13 @@ class Renewal:
             raise InputError(f"replacement_rate must be in [0, 1], not {replacement_rate!r}.")
         if maturity < 0 or every < 1:
             raise InputError("maturity must not be negative, and every must be at least 1.")
-        _refuse_optimizer(optimizer)
+        self.memory = Memory(optimizer)
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             raise RefusedError(
                 f"{type(model).__name__} trains copies, each of which would draw its own weights; "
                 "replace nodes of the module inside, on one process, and send it to the others."
             )
-        self.source, self.optimizer = unwrap(model), optimizer
+        self.source = unwrap(model)
         self.rate, self.maturity, self.every = replacement_rate, maturity, every
         self.generator = generator
         with evaluating(self.source):
@@ -131,10 +132,9 @@ class Renewal:
 
     def _reason(self, unit: Unit) -> str:
         """Why a layer's nodes cannot be replaced; empty if they can."""
-        trained = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         for place in (*unit.incoming, *unit.outgoing):
             tensor = self.tensor(place.name)
-            if isinstance(tensor, nn.Parameter) and id(tensor) not in trained:
+            if isinstance(tensor, nn.Parameter) and self.memory.group(tensor) is None:
                 return f"the optimizer does not train {place.name}"
         for place in unit.incoming:
             if not callable(getattr(self._owner(place), "reset_parameters", None)):
@@ -147,8 +147,11 @@ class Renewal:
 
     # -- stepping ----------------------------------------------------------------------------
 
-    def step(self) -> tuple[Replacement, ...]:
+    def step(self, *inputs: Any, **kwargs: Any) -> tuple[Replacement, ...]:
         """Call after ``optimizer.step()``: replaces what is due.
+
+        Args:
+            inputs, kwargs: what the model was called with, for ways that look at activity.
 
         Raises:
             VerifyError: the outputs would change though they must not; nothing was replaced.
@@ -235,11 +238,6 @@ class Renewal:
         rows = torch.from_numpy(place.positions[nodes].reshape(-1))
         return rows.to(self.tensor(place.name).device)
 
-    def _state(self, tensor: Tensor) -> dict[str, Tensor]:
-        """The optimizer's numbers of single entries, or rows and columns, of a parameter."""
-        state = self.optimizer.state.get(tensor, {})
-        return {k: v for k, v in state.items() if isinstance(v, Tensor) and v.ndim}
-
     def _checked(self, chosen: list[Chosen]) -> dict[str, list[int]]:
         nodes: dict[str, list[int]] = {}
         for name, node, lead in chosen:
@@ -256,20 +254,13 @@ class Renewal:
                     f"{name}: a node is replaced twice, or takes over and is replaced."
                 )
             for place in (*self.units[name].incoming, *self.units[name].outgoing):
-                tensor = self.tensor(place.name)
-                for key, value in self._state(tensor).items():
-                    sizes = zip(value.shape, tensor.shape, strict=False)
-                    if value.ndim != tensor.ndim or any(v not in (1, t) for v, t in sizes):
-                        raise RefusedError(
-                            f"{type(self.optimizer).__name__} keeps {key!r} of {place.name} in a "
-                            "shape that tells no node from another; use another optimizer."
-                        )
+                self.memory.refuse_shapes(self.tensor(place.name), place.name)
         return nodes
 
     def _saved(self, layers: Iterable[str]) -> list[tuple[Tensor, Tensor]]:
         places = [p for n in layers for p in (*self.units[n].incoming, *self.units[n].outgoing)]
         tensors = list({id(t): t for t in (self.tensor(place.name) for place in places)}.values())
-        more = [v for t in tensors for v in self._state(t).values()]
+        more = [v for t in tensors for v in self.memory.entries(t).values()]
         more += [t.grad for t in tensors if t.grad is not None]
         return [(t, t.detach().clone()) for t in (*tensors, *more)]
 
@@ -278,16 +269,17 @@ class Renewal:
         with evaluating(self.source), torch.no_grad():
             return pytree.tree_leaves(self.source(*args, **kwargs))
 
-    def _hand_over(self, unit: Unit, node: int, lead: int | None) -> None:
+    def _hand_over(self, unit: Unit, node: int, lead: int | None, scale: float = 1.0) -> None:
         """What reads a node reads its representative; so do averages that the optimizer keeps."""
         if lead is None:
             return
         for place in unit.outgoing:
             tensor = self.tensor(place.name)
             own, to = self._rows(place, [node]), self._rows(place, [lead])
-            for key, value in {"": tensor, **self._state(tensor)}.items():
+            for key, value in {"": tensor, **self.memory.entries(tensor)}.items():
                 if key in ("", "ax"):
-                    value.movedim(place.axis, 0)[to] += value.movedim(place.axis, 0)[own]
+                    rows = value.movedim(place.axis, 0)
+                    rows[to] += scale * rows[own]
 
     def _draw(self, unit: Unit, nodes: list[int]) -> None:
         """Fresh incoming weights, as the layers themselves draw them; biases are zero."""
@@ -302,43 +294,13 @@ class Renewal:
             zero = leaf == "bias" and not isinstance(fresh[path], nn.modules.batchnorm._NormBase)
             target = self.tensor(place.name).movedim(place.axis, 0)
             target[rows] = torch.zeros_like(drawn) if zero else drawn
-            self._forget(place, rows)
+            self.memory.forget(self.tensor(place.name), place.axis, rows)
 
     def _silence(self, unit: Unit, nodes: list[int]) -> None:
         for place in unit.outgoing:
             rows = self._rows(place, nodes)
             self.tensor(place.name).movedim(place.axis, 0)[rows] = 0.0
-            self._forget(place, rows)
-
-    def _forget(self, place: Place, rows: Tensor) -> None:
-        """The optimizer starts anew for the touched entries, as it does for a new parameter."""
-        tensor, axis = self.tensor(place.name), place.axis
-        if tensor.grad is not None:
-            tensor.grad.movedim(axis, 0)[rows] = 0.0
-        groups = self.optimizer.param_groups
-        group = next((g for g in groups if any(p is tensor for p in g["params"])), {})
-        start = {"sum": "initial_accumulator_value", "step_size": "lr"}
-        for key, value in self._state(tensor).items():
-            if value.shape[axis] != tensor.shape[axis]:
-                continue  # what all nodes share
-            if key == "ax":  # an average of the parameter itself
-                value.movedim(axis, 0)[rows] = tensor.movedim(axis, 0)[rows]
-            else:
-                value.movedim(axis, 0)[rows] = float(group[start[key]]) if key in start else 0.0
-
-
-def _refuse_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    name = type(optimizer).__name__
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise RefusedError("LBFGS keeps a history of whole steps; no entry of it can be reset.")
-    known = any(
-        f"{cls.__module__}.".startswith("torch.optim.") and cls is not torch.optim.Optimizer
-        for cls in type(optimizer).__mro__
-    )
-    if not known:
-        raise RefusedError(
-            f"how {name} starts the state of a parameter is not known; use one of torch.optim."
-        )
+            self.memory.forget(self.tensor(place.name), place.axis, rows)
 
 
 @contextmanager

@@ -58,6 +58,48 @@ OPTIMIZERS = {
 }
 
 
+def test_every_optimizer_of_torch_is_known() -> None:
+    """The table above has all there are; the others are refused with the reason."""
+    there = {
+        name for name, cls in vars(torch.optim).items()
+        if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)
+    } - {"Optimizer"}  # fmt: skip
+    assert there - {"LBFGS", "SparseAdam", "Muon"} == set(OPTIMIZERS)
+    model, x = mlp(), torch.randn(9, 3, dtype=torch.float64)
+    with pytest.raises(RefusedError, match="history"):
+        fxfib.SymmetryBreaker(model, torch.optim.LBFGS(model.parameters()), (x,))
+    with pytest.raises(InputError, match="no optimizer"):
+        fxfib.SymmetryBreaker(model, [], (x,))
+    sparse = torch.optim.SparseAdam(list(model.parameters()))  # has no state before a sparse step
+    assert fxfib.SymmetryBreaker(model, sparse, (x,), eps=1e-9).break_all()
+
+
+def test_several_optimizers_share_a_model() -> None:
+    """Muon takes matrices alone, so another one trains the biases."""
+    model, x = mlp(), torch.randn(9, 3, dtype=torch.float64)
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    both = [
+        torch.optim.Muon(matrices, lr=0.01),
+        torch.optim.AdamW([p for p in model.parameters() if p.ndim == 1], lr=0.01),
+    ]
+    with pytest.raises(InputError, match=r"does not train 0\.bias"):
+        fxfib.SymmetryBreaker(model, both[0], (x,))
+    for _ in range(3):
+        (model(x) - 1).square().mean().backward()
+        for optimizer in both:
+            optimizer.step()
+            optimizer.zero_grad()
+    breaker = fxfib.SymmetryBreaker(model, both, (x,), eps=1e-6)
+    before = model(x).detach()
+    done = breaker.break_all()
+    assert {(r.layer, r.node) for r in done} == {("0", 4), ("2", 2), ("2", 5)}
+    assert torch.allclose(model(x), before, rtol=0, atol=1e-6)
+    momentum = both[0].state[model[0].weight]["momentum_buffer"]
+    assert not momentum[4].any() and momentum[1].any()
+    average = both[1].state[model[0].bias]["exp_avg"]
+    assert average[4] == 0 != average[1]
+
+
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, steps: int) -> None:
     for _ in range(steps):
         optimizer.zero_grad()
@@ -292,6 +334,33 @@ def test_training_with_everything_goes_on_from_a_checkpoint(compiled: bool) -> N
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("criterion", ["fibration", "energy"])
+def test_mixed_precision_with_a_scaler(criterion: str) -> None:
+    """Weights are float32, the forward pass is bfloat16, gradients are scaled until the step."""
+    model, x = mlp().float(), torch.randn(64, 3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    breaker = fxfib.SymmetryBreaker(
+        model, optimizer, (x,), eps=1e-5, criterion=criterion, every=4, maturity=2,
+        replacement_rate=1.0,
+    )  # fmt: skip
+    done = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = (model(x) - 1).square().mean()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        before = model(x).detach()
+        now = breaker.step(x)
+        bound = 1e-4 if criterion == "fibration" else 0.05
+        assert float((model(x).detach() - before).norm() / before.norm()) <= bound
+        done += now
+    assert {("0", 4), ("2", 2), ("2", 5)} <= {(r.layer, r.node) for r in done} or len(done) >= 3
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
 def test_wrong_choices_and_optimizers_are_refused() -> None:
     model, x = mlp(), torch.randn(9, 3, dtype=torch.float64)
     breaker = fxfib.SymmetryBreaker(model, torch.optim.SGD(model.parameters(), lr=0.1), (x,))
@@ -335,6 +404,7 @@ def test_adaptable_contribution() -> None:
             now = (h - mean / (1 - 0.9**count)).abs().mean(0)
             now = now * model[4].weight.abs().sum(0) / model[2].weight.abs().sum(1)
             utility = 0.9 * utility + 0.1 * now.detach()
+        fxfib.color(model, (x[0],), symmetry="cover")  # runs the model, and is not seen either
         model.eval()
         model(x[0] + 5)  # not seen
         assert torch.allclose(breaker.utility("2"), utility / (1 - 0.9**3), rtol=1e-9)

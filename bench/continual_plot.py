@@ -1,0 +1,54 @@
+"""Pictures of bench/continual.py, from the rows of its CSV alone."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+PANELS = {
+    "accuracy": "test accuracy after the task, %", "online": "accuracy while learning, %",
+    "redundant": "redundant nodes", "dead": "dead nodes", "rank": "effective rank, last layer",
+    "weight": "mean absolute weight",
+}  # fmt: skip
+
+
+def binned(
+    rows: list[dict[str, Any]], method: str, column: str, bins: int = 24
+) -> tuple[list[float], list[list[float]]]:
+    """Middles of the bins, and in each the means of every seed."""
+    own = [row for row in rows if row["method"] == method]
+    tasks = 1 + max(int(row["task"]) for row in own)
+    width = max(1, tasks // bins)
+    means: dict[int, dict[str, list[float]]] = {}
+    for row in own:
+        seeds = means.setdefault(int(row["task"]) // width, {})
+        seeds.setdefault(row["seed"], []).append(float(row[column]))
+    full = sorted(k for k in means if (k + 1) * width <= tasks)
+    return (
+        [(k + 0.5) * width for k in full],
+        [[statistics.fmean(v) for v in means[k].values()] for k in full],
+    )
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Means of the seeds over the tasks, and from the lowest to the highest."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 3, figsize=(15, 8))
+    for panel, (column, title) in zip(axes.flat, PANELS.items(), strict=True):
+        for method in dict.fromkeys(row["method"] for row in rows):
+            middles, seeds = binned(rows, method, column)
+            panel.plot(middles, [statistics.fmean(own) for own in seeds], label=method)
+            panel.fill_between(
+                middles, [min(own) for own in seeds], [max(own) for own in seeds], alpha=0.2
+            )
+        panel.set(title=title, xlabel="task")
+    count = len({row["seed"] for row in rows})
+    axes[0][0].legend(title=f"mean of {count} seeds, lowest to highest")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
