@@ -214,7 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
             if not made:
                 small += compressed(network, seed, data, options.cache)
                 write(second, small, COMPRESSED)
-    plot(rows, small, options.output.with_suffix(".png"))
+    plot(read(options.output), read(second), options.output.with_suffix(".png"))
     return 0
 
 

@@ -264,7 +264,7 @@ def main(arguments: list[str] | None = None) -> int:
         paths = [r for r in paths if int(r["seed"]) != seed] + lines
         write(second, lifts, LIFTS)
         write(options.output, paths, PATHS)
-    plot(lifts, paths, options.output.with_suffix(".png"))
+    plot(read(second), read(options.output), options.output.with_suffix(".png"))
     return 0
 
 

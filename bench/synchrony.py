@@ -173,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
             more, _ = watched(network, seed, data, picture if seed == first else None)
             rows += more
             write(options.output, rows, COLUMNS)
-    plot(rows, options.output.with_suffix(".png"))
+    plot(read(options.output), options.output.with_suffix(".png"))
     return 0
 
 

@@ -50,6 +50,20 @@ def test_errors_are_those_of_autograd_and_equal_in_opfibers(name: str) -> None:
     assert not opaque, f"nothing is known behind {opaque}"
 
 
+@pytest.mark.parametrize("seed", [0, 2, 4, 6])
+def test_random_networks_of_sequences(seed: int) -> None:
+    """Recurrent layers, attention and tied tables."""
+    planted = plant(seed, covers=True, sequences=True)
+    errors = adjoint_checks.errors_of(capture(planted.wide, planted.inputs))
+    assert adjoint_checks.emitted_as_autograd(errors) > 5
+    adjoint_checks.equal_in_opfibers(errors)
+    continued, analysis = errors.continued, errors.analysis
+    assert cover_checks.gradients_equal(analysis, continued, planted.wide, planted.inputs) > 0
+    found = labels_of(analysis, continued.values, "cover")
+    cover_checks.rows_equal(found, planted.wide, planted.inputs)
+    assert any(len(np.unique(labels)) < len(labels) for labels in found.values())
+
+
 @pytest.mark.parametrize("covers", [False, True])
 @pytest.mark.parametrize("seed", range(12))
 def test_random_networks(seed: int, covers: bool) -> None:
