@@ -527,6 +527,13 @@ def rotary_pairs_split(patch: pytest.MonkeyPatch) -> None:
         return right(self, analysis, node, operands[::-1], axis)
 
     patch.setattr(concatenation.Concatenate, "joined", joined)
+    sources = summed._sources
+
+    def turned(analysis: Any, node: fx.Node) -> list[fx.Node]:
+        found = sources(analysis, node)
+        return found[::-1] if isinstance(base.find_rule(node), concatenation.Concatenate) else found
+
+    patch.setattr(summed, "_sources", turned)
 
 
 @wrong("Attention", "rotary_other_speed")

@@ -1,19 +1,55 @@
 """Random networks with planted fibers and near misses; many more with ``bench/fuzz.py``."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
-from planting_checks import check_seed, network, outputs
+from planting_checks import Outcome, check_seed, exact, network, outputs
+from wrong_rules import WRONG
 
 from fxfib.passes.verify import difference
 
 SEEDS = range(32)
+#: Wrong rules of recurrent layers, attention and norms, and a word for the networks they are in.
+CAUGHT = {
+    "last_gate_ignored": "= lstm(",
+    "last_gate_of_a_cell_ignored": " cell(",
+    "columns_of_the_recurrence_ignored": "= lstm(",
+    "columns_of_the_recurrence_of_a_cell_ignored": " cell(",
+    "order_of_query_heads_mixed_up": "attention",
+    "order_of_value_heads_mixed_up": "attention",
+    "scale_of_the_smaller_head": "fused attention",
+    "layer_norm_uncounted": "LayerNorm",
+    "mean_of_a_norm_uncounted": "LayerNorm",
+    "rms_norm_uncounted": "RMSNorm",
+    "rotary_pairs_split": "rotary, half, half alike",
+}
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_planted_fibers_are_found_and_near_misses_kept(seed: int) -> None:
     outcome = check_seed(seed, thorough=False)
     assert not outcome.failures, "\n".join(outcome.failures)
+
+
+@functools.cache
+def logs() -> dict[int, str]:
+    """What every network is made of, the short ones first."""
+    found = {seed: "\n".join(network(seed).log) for seed in SEEDS}
+    return dict(sorted(found.items(), key=lambda item: item[1].count("\n")))
+
+
+@pytest.mark.parametrize("name", CAUGHT)
+def test_a_wrong_rule_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    WRONG[name].patch(monkeypatch)
+    for seed, log in logs().items():
+        if CAUGHT[name] in log:
+            outcome = Outcome(seed)
+            exact(network(seed), torch.float64, outcome)
+            if any("VerifyError" in line for line in outcome.failures):
+                return
+    pytest.fail(f"no network of {len(SEEDS)} shows it")
 
 
 def test_most_networks_claim_to_be_recovered() -> None:

@@ -13,7 +13,15 @@ from planting import Builder, Copies, concatenated, noise
 from torch import Tensor, nn
 
 from strategies.linear import affine
-from strategies.positions import equal_rows, mask_of, masked, opened, turn, turned_heads
+from strategies.positions import (
+    equal_rows,
+    half_alike,
+    mask_of,
+    masked,
+    opened,
+    turn,
+    turned_heads,
+)
 from strategies.values import Val, assign
 
 
@@ -64,11 +72,16 @@ def halved(b: Builder, weight: Any, bias: Any, source: Copies, out: Copies) -> t
 
 
 def projection(
-    b: Builder, v: Val, out: Copies, bias: bool, *, sums: Any = None
+    b: Builder, v: Val, out: Copies, bias: bool, *, sums: Any = None, alike: Any = None
 ) -> tuple[Any, Any, Any, Any]:
-    """Weight and bias of both networks; heads where ``sums`` is true hold parts that add up."""
+    """Weight and bias of both networks; heads where ``sums`` is true hold parts that add up.
+
+    ``alike`` gives, for every channel of the base, the one whose row it has.
+    """
     weight = b.normal(out.size, v.copies.size) / np.sqrt(v.copies.size)
     offset = b.normal(out.size) if bias else None
+    if alike is not None:
+        weight, offset = weight[alike], None if offset is None else offset[alike]
     wide, shift = b.widen(weight[:, :, None], offset, v.copies, out)
     wide = wide[:, :, 0]
     if sums is not None and sums.any():
@@ -126,9 +139,9 @@ def attention(b: Builder, v: Val, memory: Val | None = None) -> Val | None:
     heads = groups * b.pick((1, 1, 2))
     size, size_value = b.pick((2, 3)), b.pick((2, 3))
     width, width_value = size + b.pick((0, 1, 2)), size_value + b.pick((0, 1, 2))
-    style, pairs = b.pick(("", "", "half", "interleaved")), None
+    style, pairs, decoy = b.pick(("", "", "half", "interleaved")), None, False
     if style:
-        pairs = heads_of(b, 1, size, width)
+        pairs, decoy = heads_of(b, 1, size, width), b.flip(0.6)
         size, width = 2 * size, 2 * width
         queries = turned_heads(b, heads, pairs, style)
     else:
@@ -156,7 +169,8 @@ def attention(b: Builder, v: Val, memory: Val | None = None) -> Val | None:
         ("value", memory, values, None),
     )
     for word, source, out, summed in every:
-        found = projection(b, source, out, bias, sums=summed)
+        alike = half_alike(out.size, size, style) if decoy and word != "value" else None
+        found = projection(b, source, out, bias, sums=summed, alike=alike)
         parts.append(b.part(*layers_of(found, bias), name=word))
         rows = out if summed is None else equal_rows(out, summed)
         b.candidate(parts[-1], "weight", 0, rows)
@@ -164,8 +178,8 @@ def attention(b: Builder, v: Val, memory: Val | None = None) -> Val | None:
             b.candidate(parts[-1], "bias", 0, rows)
     turns: list[str] = []
     if pairs is not None:
-        turns = [turn(b, style, pairs, v.space[0])]
-        turns.append(turns[0] if memory is v else turn(b, style, pairs, memory.space[0]))
+        turns = [turn(b, style, pairs, v.space[0], decoy)]
+        turns.append(turns[0] if memory is v else turn(b, style, pairs, memory.space[0], decoy))
     function = b.pick((fused, fused, written_out))
     mask = mask_of(b, v.space[0], memory.space[0], heads, square=memory is v)
     scale = size**-0.5 if b.flip(0.8) else 0.37
@@ -191,7 +205,7 @@ def attention(b: Builder, v: Val, memory: Val | None = None) -> Val | None:
         f"{name} = {function.__name__} attention({v.name}, {memory.name}) heads {heads}/{groups} "
         f"of {size}/{width} and {size_value}/{width_value}, sums {sums.astype(int)}"
         f"{'' if bias else ', no bias'}{f', {mask.kind}' if mask.kind else ''}"
-        f"{f', rotary, {style}' if style else ''}"
+        f"{f', rotary, {style}' if style else ''}{', half alike' if decoy else ''}"
     )
     cut = [values.at(np.arange(k * width_value, (k + 1) * width_value)) for k in range(groups)]
     together = []

@@ -56,9 +56,22 @@ def turned_heads(b: Builder, count: int, pairs: Copies, style: str) -> Copies:
     ])  # fmt: skip
 
 
-def turn(b: Builder, style: str, pairs: Copies, positions: int) -> str:
-    """The part that turns queries or keys; a copy of a pair may turn at a speed of its own."""
-    speeds = SPEEDS[: pairs.size]
+def half_alike(channels: int, size: int, style: str) -> np.ndarray:
+    """The row of every channel, where two pairs of each head have equal first channels.
+
+    Their second ones differ, so the pairs stay apart, though they turn at one speed.
+    """
+    heads = np.arange(0, channels, size)
+    rows = np.arange(channels)
+    rows[heads + (1 if style == "half" else 2)] = heads
+    return rows
+
+
+def turn(b: Builder, style: str, pairs: Copies, positions: int, decoy: bool) -> str:
+    """The part that turns queries or keys; with ``decoy`` the first two pairs at one speed."""
+    speeds = SPEEDS[: pairs.size].copy()
+    if decoy:
+        speeds[1] = speeds[0]
     made = [Turn(style, s, positions) for s in (speeds, speeds[pairs.member])]
     part = b.part(*made, name="turn")
     if positions > 1:

@@ -52,9 +52,14 @@ def direction(
     wide: dict[str, Any] = {}
     for name, read in (("ih", source), ("hh", output)):
         weights, offsets, wide_weights, wide_offsets = [], [], [], []
-        for _ in range(gates):
+        for gate in range(gates):
             weight = b.normal(hidden.size, read.size) / np.sqrt(read.size)
             offset = b.normal(hidden.size) if bias else None
+            if gate < gates - 1:
+                # Two nodes that agree in all gates but the last one are no fiber.
+                weight[1] = weight[0]
+                if offset is not None:
+                    offset[1] = offset[0]
             found = b.widen(weight[:, :, None], offset, read, hidden)
             weights.append(weight)
             wide_weights.append(found[0][:, :, 0])
