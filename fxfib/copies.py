@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from typing import Any
 
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+from torch import fx
 
 from fxfib.coloring import Labels
 from fxfib.equal_copies import equalize
@@ -47,6 +50,7 @@ class Copies:
         for relation in self.equal:
             # They stay smaller than what grows.
             self.frozen |= {self.find(ref) for ref in relation.above}
+        self.made = self.made_by_layers()
         self.root_number = {
             root: k for k, root in enumerate(dict.fromkeys(self.find(r) for r in self.parent))
         }
@@ -66,6 +70,20 @@ class Copies:
         if ref in self.analysis.heads.free:
             return False
         return not self.analysis.value(node).tracked(axis)
+
+    def made_by_layers(self) -> list[Ref]:
+        """Axes of layers' outputs: they follow from no axis of what is read."""
+        follow: set[Ref] = set()
+        for relation in self.analysis.relations:
+            nodes = {node for node, _ in relation.refs if not self.analysis.is_constant(node)}
+            follow |= {ref for ref in relation.refs if nodes.intersection(_read_by(ref[0]))}
+        return [
+            (node, axis)
+            for node, axis in self.parent
+            if isinstance(axis, int)
+            and self.analysis.value(node).tracked(axis)
+            and (node, axis) not in follow
+        ]
 
     def length(self, ref: Ref) -> int:
         """The original size of an axis."""
@@ -184,7 +202,12 @@ class Copies:
         even[component[uniform]] = True
         generator = np.random.default_rng([self.seed, 1])
         times = 1 + generator.poisson(self.factor - 1.0, count)
-        times = np.where(even, int(self.factor), times)
+        # A width that one layer makes is rounded up, a stream of several, which costs more, down.
+        makers = np.zeros(count, dtype=np.int64)
+        for ref in self.made:
+            makers[np.unique(component[positions(ref)])] += 1
+        up, down = math.ceil(self.factor), math.floor(self.factor)
+        times = np.where(even, np.where(makers == 1, up, down), times)
         times = np.where(fixed, 1, times)
         stuck = equalize(
             times,
@@ -328,3 +351,9 @@ class Copies:
         shape = tuple(self.length(r) for r in product)
         grid = np.meshgrid(*[order_of(r) for r in product], indexing="ij")
         return np.asarray(np.ravel_multi_index([g.reshape(-1) for g in grid], shape))
+
+
+def _read_by(node: fx.Node) -> list[fx.Node]:
+    """What a node reads; of an item, what the op with several results reads."""
+    sources = node.all_input_nodes
+    return sources[0].all_input_nodes if node.target is operator.getitem else sources

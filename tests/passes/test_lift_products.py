@@ -1,10 +1,14 @@
 """Lifting through views that split an axis: one factor of the product is copied."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import fxfib
+
+NORMS = (nn.LayerNorm, nn.RMSNorm)
 
 
 class SplitAttention(nn.Module):
@@ -80,3 +84,51 @@ def test_an_axis_that_is_squeezed_away() -> None:
     small = fxfib.compile(wide, 0.0, x)
     assert wide.first.out_features > 7 and small.first.out_features == 7
     assert small.score.out_features == 1
+
+
+class SpatialGate(nn.Module):
+    """Half of the hidden channels, normalised and mixed over positions, gate the rest (gMLP)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.outside = nn.Linear(3, 7), nn.LayerNorm(7)
+        self.up, self.inside = nn.Linear(7, 22), nn.LayerNorm(11)
+        self.mix, self.down = nn.Linear(5, 5), nn.Linear(11, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        kept, gate = nn.functional.gelu(self.up(self.outside(x))).chunk(2, -1)
+        gate = self.mix(self.inside(gate).transpose(1, 2)).transpose(1, 2)
+        return self.outside(x + self.down(kept * gate)).tanh()
+
+
+class InsideNorm(nn.Module):
+    """One layer's outputs are normalised, before and behind a stream that two layers make."""
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.stem, self.up, self.down = nn.Linear(3, 7), nn.Linear(7, 11), nn.Linear(11, 7)
+        self.outside, self.inside, self.head = kind(7), kind(11), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(self.outside(x + self.down(self.inside(self.up(x).relu()))))
+
+
+@pytest.mark.parametrize("make", [SpatialGate, *(lambda k=k: InsideNorm(k) for k in NORMS)])
+def test_a_norm_on_what_one_layer_makes_is_lifted(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(3)
+    original = make().eval()
+    for parameter in original.parameters():
+        nn.init.normal_(parameter, 0.0, 0.5)
+    x = torch.randn(2, 5, 3)
+    wide = fxfib.lift(original, 1.5, x, seed=1)
+    assert wide.up.weight.shape == (2 * len(original.up.weight), 7)
+    assert wide.stem.weight.shape == (7, 3)  # several layers add to it: rounded down
+    small = fxfib.compile(wide, 0.0, x)
+    assert not small.fibration.refusals
+    assert small.fibration.exact_error < 1e-6
+    assert sum(p.numel() for p in small.parameters()) == sum(
+        p.numel() for p in original.parameters()
+    )
+    torch.testing.assert_close(small(x), original(x), rtol=1e-4, atol=1e-5)
