@@ -169,9 +169,9 @@ def plot(rows: list[Row], small: list[Row], path: Path) -> None:
             right.plot(sizes, values, "o", ms=4, label=f"eps {eps}")
         if network == "mlp":
             right.plot(
-                list(PUBLISHED), list(PUBLISHED.values()), "r*-", label="published (Fig. 3b)"
+                list(PUBLISHED), list(PUBLISHED.values()), "r*-", label="published, eps by layer"
             )
-        right.set(title=f"{network}: compiled after training", xscale="log",
+        right.set(title=f"{network}: compiled, one eps for all layers", xscale="log",
                   xlabel="parameters kept", ylabel="test accuracy in %")  # fmt: skip
         right.legend(frameon=False, fontsize=7)
     made.savefig(path, dpi=90)

@@ -13,6 +13,9 @@ compiles back to its size at eps = 0.  On straight lines between two lifts of on
 - ``same base``: through another intermediate network.  These lines leave the lifts.
 - ``same base, in order``: the same pairs, nodes put in the order of the base's nodes they copy.
 
+``same base, corner by corner`` is a path between the same pairs that stays among the lifts
+(bench/landscape_path.py), so its loss does not move either; there ``t`` counts corners.
+
 Rows: `landscape_lifts.csv` (a network each), `landscape.csv` (a point on a line each).  The losses
 are those of 2,000 test images; they choose nothing.
 """
@@ -24,6 +27,7 @@ import copy
 import itertools
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from emergence import read, write
+from landscape_path import corners
 from torch import Tensor, nn
 from tqdm import tqdm
 from trained import Images, images, training
@@ -44,7 +49,8 @@ POINTS = 21
 LIFTS = ("seed", "network", "parent", "nodes", "parameters", "loss", "difference", "compiled",
          "torch")  # fmt: skip
 PATHS = ("seed", "kind", "one", "other", "t", "loss", "excess", "torch")
-KINDS = ("same fibers", "same parent", "same base", "same base, in order")
+KINDS = ("same fibers", "same parent", "same base", "same base, in order",
+         "same base, corner by corner")  # fmt: skip
 
 Row = dict[str, Any]
 
@@ -155,8 +161,27 @@ def pairs_of(names: list[str]) -> list[tuple[str, str, str]]:
             kind = "same fibers" if (p, c) == (q, d) else "same parent" if p == q else "same base"
             found.append((kind, one, other))
             if kind == "same base":
-                found.append((f"{kind}, in order", one, other))
+                found += [(name, one, other) for name in KINDS if name.startswith(f"{kind},")]
     return found
+
+
+def points_of(
+    kind: str, a: nn.Module, b: nn.Module, base: nn.Module, example: Tensor
+) -> Iterator[tuple[float, nn.Module]]:
+    """Networks along a line, or along a path of lines: its corners and their middles."""
+    if "corner" not in kind:
+        for place in range(POINTS):
+            t = place / (POINTS - 1)
+            yield t, between(a, b, t)
+        return
+    path = list(corners(a, b, base, example))
+    for p, q in zip(path[-1].parameters(), b.parameters(), strict=True):
+        if not torch.equal(p, q):
+            raise AssertionError("the path does not end where it should")
+    for place, point in enumerate(path):
+        if place:
+            yield (place - 0.5) / (len(path) - 1), between(path[place - 1], point, 0.5)
+        yield place / (len(path) - 1), point
 
 
 def study(seed: int, data: Images) -> tuple[list[Row], list[Row]]:
@@ -179,11 +204,10 @@ def study(seed: int, data: Images) -> tuple[list[Row], list[Row]]:
     ordered = {name: in_order(network, example) for name, (_, network) in networks.items()}
     for kind, one, other in tqdm(pairs_of(list(networks)), desc=f"lines {seed}", leave=False):
         a, b = (ordered[n] if "order" in kind else networks[n][1] for n in (one, other))
-        for place in range(POINTS):
-            t = place / (POINTS - 1)
-            loss = loss_of(between(a, b, t), data)
+        for t, point in points_of(kind, a, b, base, example):
+            loss = loss_of(point, data)
             paths.append({
-                "seed": seed, "kind": kind, "one": one, "other": other, "t": f"{t:g}",
+                "seed": seed, "kind": kind, "one": one, "other": other, "t": f"{t:.4g}",
                 "loss": f"{loss:.12g}", "excess": f"{loss - start:.3g}",
                 "torch": torch.__version__,
             })  # fmt: skip
@@ -196,7 +220,7 @@ def plot(lifts: list[Row], paths: list[Row], path: Path) -> None:
 
     made = Figure(figsize=(14, 5), layout="constrained")
     left, right = made.subplots(1, 2)
-    colors = dict(zip(KINDS, ("#12a67a", "#2f6bff", "#c2334d", "#e0a11b"), strict=True))
+    colors = dict(zip(KINDS, ("#12a67a", "#2f6bff", "#c2334d", "#e0a11b", "#16202c"), strict=True))
     for kind in KINDS:
         own = [r for r in paths if r["kind"] == kind]
         for key in {(r["seed"], r["one"], r["other"]) for r in own}:
@@ -205,7 +229,7 @@ def plot(lifts: list[Row], paths: list[Row], path: Path) -> None:
                       color=colors[kind], alpha=0.25, lw=1)  # fmt: skip
         highest = max(abs(float(r["excess"])) for r in own)
         left.plot([], [], color=colors[kind], label=f"{kind}: at most {highest:.1e}")
-    left.set(title="loss on straight lines between two lifts, less that of the base",
+    left.set(title="loss on the way between two lifts, less that of the base",
              xlabel="from one lift to the other", yscale="symlog")  # fmt: skip
     left.set_yscale("symlog", linthresh=1e-3)
     left.legend(frameon=False, fontsize=9)
@@ -224,15 +248,16 @@ def plot(lifts: list[Row], paths: list[Row], path: Path) -> None:
             over = across[row["parent"]]
             right.plot([x, x, over], [y, top, top], color="#5b6878", lw=1.2)
         right.plot([x], [y], "o", color="#2f6bff")
-        turned = row["network"].startswith("leaf")
+        leaf = row["network"].startswith("leaf")
         size, loss = int(row["parameters"]), float(row["loss"])
         right.annotate(
             f"{row['network']}\n{size:,} parameters\nloss {loss:.9f}",
-            (x, y), xytext=(0, 10 if turned else -34), textcoords="offset points", fontsize=7,
-            ha="center", rotation=90 if turned else 0, va="bottom" if turned else "center",
+            (x, y), xytext=(0, 10) if leaf else (8, -14), textcoords="offset points", fontsize=7,
+            ha="center" if leaf else "left", rotation=90 if leaf else 0,
+            va="bottom" if leaf else "top",
         )  # fmt: skip
     most = max(int(r["nodes"]) for r in own)
-    right.set_ylim(0, 1.75 * most)
+    right.set_ylim(0.1 * most, 1.75 * most)
     right.set_xlim(-0.6, len(leaves) - 0.4)
     right.set(title="the tree of merges: lifts of one base", ylabel="hidden nodes", xticks=[])
     made.savefig(path, dpi=90)

@@ -116,6 +116,8 @@ def test_lifts_share_the_loss_and_lines_of_one_partition_keep_it(
     same = [abs(float(r["excess"])) for r in lines if r["kind"] == "same fibers"]
     assert same and max(same) < 1e-12
     assert max(abs(float(r["excess"])) for r in lines if r["kind"] == "same base") > 1e-6
+    way = [abs(float(r["excess"])) for r in lines if "corner" in r["kind"]]
+    assert len(way) > 100 and max(way) < 1e-12
     assert all(abs(float(r["excess"])) < 1e-12 for r in lines if r["t"] in ("0", "1"))
 
 
