@@ -3,9 +3,10 @@
     python bench/monitor_cost.py --data-root FOLDER [--networks mlp,cnn] [--rounds 5] [--steps 1500]
 
 In every round the same steps are trained with a monitor and without, in alternating order, on one
-thread and the same batches.  A row is one round: seconds of both, their ratio, and what the monitor
-itself counted (capture and the first look come before training and stand apart).  Weights are
-compared at the end: watching must not change them.  Rows are added to `monitor_cost.csv`.
+thread and the same batches.  A row is one round: seconds of both by the clock and of the processor
+(which say the same on a quiet machine), their ratios, and what the monitor itself counted (capture
+and the first look come before training and stand apart).  Weights are compared at the end: watching
+must not change them.  Rows are added to `monitor_cost.csv`.
 """
 
 from __future__ import annotations
@@ -29,24 +30,29 @@ from trained import NETWORKS, Images, images, training, untrained
 import fxfib
 
 RESULTS = Path(__file__).resolve().parent / "results"
-COLUMNS = ("network", "round", "steps", "plain_s", "watched_s", "ratio", "looks", "look_s",
-           "share", "preparation_s", "machine", "torch")  # fmt: skip
+COLUMNS = (
+    "network", "round", "steps", "plain_s", "watched_s", "ratio", "plain_cpu_s", "watched_cpu_s",
+    "ratio_cpu", "looks", "look_s", "share", "preparation_s", "machine", "torch",
+)  # fmt: skip
 
 Row = dict[str, Any]
+Seconds = tuple[float, float]
 
 
-def trained(network: str, data: Images, steps: int, watched: bool) -> tuple[float, Row, nn.Module]:
-    """Seconds of the training loop, and what the monitor counted."""
+def trained(
+    network: str, data: Images, steps: int, watched: bool
+) -> tuple[Seconds, Row, nn.Module]:
+    """Seconds of the training loop, by the clock and of the processor; what the monitor counted."""
     torch.manual_seed(0)
     model = untrained(network)
     monitor = fxfib.Monitor(model, data.train[:64]) if watched else None
     loop = itertools.islice(training(model, data, 1000, 0), steps)
     next(loop)  # not counted: the first step warms up
-    start = time.perf_counter()
+    start, begun = time.perf_counter(), time.process_time()
     for _ in loop:
         if monitor is not None:
             monitor.step()
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - start, time.process_time() - begun
     if monitor is None:
         return seconds, {}, model
     spent = monitor.seconds
@@ -60,16 +66,19 @@ def trained(network: str, data: Images, steps: int, watched: bool) -> tuple[floa
 
 def one_round(network: str, data: Images, number: int, steps: int) -> Row:
     """A row."""
-    found: dict[bool, tuple[float, Row, nn.Module]] = {}
+    found: dict[bool, tuple[Seconds, Row, nn.Module]] = {}
     for watched in (True, False) if number % 2 else (False, True):
         found[watched] = trained(network, data, steps, watched)
     plain, watch = found[False], found[True]
     for a, b in zip(plain[2].parameters(), watch[2].parameters(), strict=True):
         if not torch.equal(a, b):
             raise AssertionError("watching changed the training")
+    (plain_s, plain_cpu), (watched_s, watched_cpu) = plain[0], watch[0]
     return {
-        "network": network, "round": number, "steps": steps, "plain_s": round(plain[0], 3),
-        "watched_s": round(watch[0], 3), "ratio": f"{watch[0] / plain[0]:.4f}", **watch[1],
+        "network": network, "round": number, "steps": steps, "plain_s": round(plain_s, 3),
+        "watched_s": round(watched_s, 3), "ratio": f"{watched_s / plain_s:.4f}",
+        "plain_cpu_s": round(plain_cpu, 3), "watched_cpu_s": round(watched_cpu, 3),
+        "ratio_cpu": f"{watched_cpu / plain_cpu:.4f}", **watch[1],
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, "
                    f"{torch.get_num_threads()} threads",
         "torch": torch.__version__,
@@ -103,13 +112,15 @@ def main(arguments: list[str] | None = None) -> int:
             write(options.output, rows, COLUMNS)
     for network in dict.fromkeys(r["network"] for r in rows):
         own = [r for r in rows if r["network"] == network]
-        ratios = [float(r["ratio"]) for r in own]
+        parts = []
+        for name, column in (("clock", "ratio"), ("processor", "ratio_cpu")):
+            found = [float(r[column]) for r in own if r[column]]
+            if found:
+                parts.append(f"{statistics.median(found):.3f} by the {name} ({min(found):.3f} to "
+                             f"{max(found):.3f})")  # fmt: skip
         shares = [float(r["share"]) for r in own]
-        print(
-            f"{network}: watched over plain {statistics.median(ratios):.3f} "
-            f"({min(ratios):.3f} to {max(ratios):.3f}); by the monitor's own clock "
-            f"{statistics.median(shares):.1%} (at most {max(shares):.1%}) of the time"
-        )
+        own_share = f"{statistics.median(shares):.1%} (at most {max(shares):.1%})"
+        print(f"{network}: watched over plain {', '.join(parts)}; the monitor counts {own_share}")
     return 0
 
 
