@@ -33,10 +33,10 @@ class SymmetryBreaker(Renewal):
         optimizer.step()
         breaker.step()
 
-    Linear layers and convolutions (a flatten behind, batch norm, pooling and activations between)
-    are covered; layers that are not are in ``refused``, with the reason.  Of a cover of three, one
-    replaced node ends the cover: the representative's error has doubled, and it parts from the
-    third by itself.
+    Linear layers, convolutions (a flatten behind, batch norm, pooling and activations between) and
+    recurrent layers are covered; layers that are not are in ``refused``, with the reason.  Of a
+    cover of three, one replaced node ends the cover: the representative's error has doubled, and it
+    parts from the third by itself.
 
     Weights alone say what is equal for *every* input.  With ``criterion="energy"`` a node is
     redundant that is so on the inputs that the model is trained on, ``breaker.step(images)``:

@@ -291,7 +291,9 @@ class Renewal:
                 fresh[path].reset_parameters()  # type: ignore[operator]
             rows = self._rows(place, nodes)
             drawn = getattr(fresh[path], leaf).movedim(place.axis, 0)[rows]
-            zero = leaf == "bias" and not isinstance(fresh[path], nn.modules.batchnorm._NormBase)
+            zero = leaf.startswith("bias") and not isinstance(
+                fresh[path], nn.modules.batchnorm._NormBase
+            )
             target = self.tensor(place.name).movedim(place.axis, 0)
             target[rows] = torch.zeros_like(drawn) if zero else drawn
             self.memory.forget(self.tensor(place.name), place.axis, rows)

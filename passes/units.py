@@ -15,8 +15,8 @@ from torch import fx
 
 from fxfib.coloring import Labels
 from fxfib.passes.backward import Colored
-from fxfib.passes.cover import layers
-from fxfib.passes.relations import Even, Full, Keep, Move, Ref, Same
+from fxfib.passes.cover import layers, size_of
+from fxfib.passes.relations import Even, Full, Keep, Move, Ref, Relation, Same
 from fxfib.passes.rules.base import is_tensor
 
 
@@ -63,15 +63,11 @@ def units_of(analysis: Colored) -> list[Unit]:
     found = []
     for name, calls in layers(analysis, analysis.continued.values).items():
         ref = calls[0][1]
-        node, axis = ref
-        size = analysis.inner_sizes[ref] if isinstance(axis, str) else analysis.shape(node)[axis]
-        unit = Unit(name, size)
+        unit = Unit(name, size_of(analysis, ref))
         try:
             if len(calls) > 1:
                 raise _Refused("it is called several times")
-            if isinstance(axis, str):
-                raise _Refused("its nodes are read by the layer itself, at the next step")
-            _follow(analysis, unit, (node, axis))
+            _follow(analysis, unit, ref)
             if not unit.outgoing:
                 raise _Refused("no weight reads its nodes")
             _refuse_shared(analysis, unit)
@@ -93,13 +89,15 @@ def _refuse_shared(analysis: Colored, unit: Unit) -> None:
             raise _Refused(f"{place.name} is used several times")
 
 
-def _follow(analysis: Colored, unit: Unit, start: tuple[fx.Node, int]) -> None:
+def _follow(analysis: Colored, unit: Unit, start: Ref) -> None:
     forward = set(analysis.continued.values)
-    places: dict[tuple[fx.Node, int], Labels] = {start: np.arange(unit.size)[:, None]}
+    places: dict[Ref, Labels] = {start: np.arange(unit.size)[:, None]}
     queue = deque([start])
     while queue:
         ref = queue.popleft()
-        for relation in analysis.by_node.get(ref[0], ()):
+        if isinstance(ref[1], str):
+            _inside(analysis, unit, ref, places[ref])
+        for relation in () if isinstance(ref[1], str) else analysis.by_node.get(ref[0], ()):
             if isinstance(relation, Same):
                 _incoming(analysis, unit, ref, places, relation)
         for user in ref[0].users:
@@ -120,8 +118,7 @@ def _sizes_only(user: fx.Node) -> bool:
 
 
 def _incoming(
-    analysis: Colored, unit: Unit, ref: Ref, places: dict[tuple[fx.Node, int], Labels],
-    relation: Same,
+    analysis: Colored, unit: Unit, ref: Ref, places: dict[Ref, Labels], relation: Same
 ) -> None:  # fmt: skip
     for one, (source, own) in ((relation.a, relation.b), (relation.b, relation.a)):
         if one != ref or isinstance(own, str):
@@ -130,19 +127,23 @@ def _incoming(
             if (source, own) not in places:
                 raise _Refused(f"its nodes meet those of {source.name}")
         elif source.op == "get_attr":
-            unit.incoming.append(Place(str(source.target), own, places[ref]))  # type: ignore[index]
+            unit.incoming.append(Place(str(source.target), own, places[ref]))
         else:
             raise _Refused("its parameters are computed from others")
 
 
 def _through(
-    analysis: Colored, unit: Unit, user: fx.Node, ref: tuple[fx.Node, int], positions: Labels
-) -> list[tuple[tuple[fx.Node, int], Labels]]:
+    analysis: Colored, unit: Unit, user: fx.Node, ref: Ref, positions: Labels
+) -> list[tuple[Ref, Labels]]:
     """Where the nodes are behind one reader; its weights are recorded."""
     if _sizes_only(user):
         return []
-    found: list[tuple[tuple[fx.Node, int], Labels]] = []
+    found: list[tuple[Ref, Labels]] = []
     relations = analysis.by_node.get(user, [])
+    if isinstance(ref[1], str):
+        _refuse_piled(user, ref, relations)
+        if not any(ref in r.refs for r in relations if isinstance(r, (Same, Move))):
+            return []  # another output of the op, where other layers' nodes are
     read = False
     for relation in relations:
         if isinstance(relation, Same) and ref in relation.refs:
@@ -167,22 +168,69 @@ def _through(
     return found
 
 
-def _is_matrix(analysis: Colored, source: fx.Node, axis: int, ref: tuple[fx.Node, int]) -> bool:
+def _refuse_piled(user: fx.Node, ref: Ref, relations: list[Relation]) -> None:
+    """The last states of several layers may lie along one axis, read by the same weights."""
+    tied = [{r.a, r.b} - {ref} for r in relations if isinstance(r, Same) and ref in r.refs]
+    for (own,) in tied:
+        if sum(isinstance(r, Same) and own in r.refs for r in relations) > 1:
+            raise _Refused(f"{user.name} lays the nodes of several layers over each other")
+
+
+def _inside(analysis: Colored, unit: Unit, ref: Ref, positions: Labels) -> None:
+    """The parameters of a recurrent layer: rows by gates, columns of its own and the next layer."""
+    relations = analysis.by_node.get(ref[0], [])
+    if any(isinstance(r, Same) and ref in r.refs and _is_row(r, ref) for r in relations):
+        raise _Refused("a projection stands between its nodes and who reads them")
+    rows: Ref | None = None
+    for relation in relations:
+        if isinstance(relation, Move) and any(ref in source for source in relation.sources):
+            (target, axis), placed = _moved(analysis, ref[0], ref, positions, relation, inside=True)
+            into = unit.incoming if axis == 0 else unit.outgoing
+            into.append(Place(str(target.target), axis, placed))  # type: ignore[arg-type]
+            rows = (target, axis) if axis == 0 else rows
+        elif isinstance(relation, Same) and ref in relation.refs:
+            target, axis = relation.b if relation.a == ref else relation.a
+            if target.op != "get_attr":
+                raise _Refused(f"its first state, {target.name}, is computed node by node")
+            unit.outgoing.append(Place(str(target.target), axis, positions))  # type: ignore[arg-type]
+    for relation in relations:
+        if rows is not None and isinstance(relation, Same) and rows in relation.refs:
+            target, axis = relation.b if relation.a == rows else relation.a
+            own = unit.incoming[0].positions
+            unit.incoming.append(Place(str(target.target), axis, own))  # type: ignore[arg-type]
+
+
+def _is_row(relation: Same, ref: Ref) -> bool:
+    other = relation.b if relation.a == ref else relation.a
+    return other[1] == 0
+
+
+def _is_matrix(analysis: Colored, source: fx.Node, axis: int, ref: Ref) -> bool:
     shape = analysis.shape(source) if source.op == "get_attr" else ()
-    return len(shape) > 1 and shape[axis] == analysis.shape(ref[0])[ref[1]]
+    return len(shape) > 1 and shape[axis] == size_of(analysis, ref)
 
 
 def _moved(
-    analysis: Colored, user: fx.Node, ref: tuple[fx.Node, int], positions: Labels, move: Move
-) -> tuple[tuple[fx.Node, int], Labels]:
-    simple = len(move.out) == 1 and len(move.sources) == 1 and move.out[0][0] is user
-    out = move.out[0][1]
-    if not simple or isinstance(out, str) or (move.index < 0).any():
-        raise _Refused(f"{user.name} rearranges its nodes")
-    source = move.sources[0]
-    shape = tuple(analysis.shape(node)[axis] for node, axis in source)  # type: ignore[index]
-    own = np.unravel_index(move.index, shape)[source.index(ref)]
-    rows = [np.flatnonzero(np.isin(own, row)) for row in positions]
+    analysis: Colored, user: fx.Node, ref: Ref, positions: Labels, move: Move, *,
+    inside: bool = False,
+) -> tuple[Ref, Labels]:  # fmt: skip
+    """Where a movement puts the nodes; inside an op, in one of its parameters."""
+    refusal = _Refused(f"{user.name} rearranges its nodes")
+    out = move.out[0]
+    expected = inside or (out[0] is user and not isinstance(out[1], str))
+    if len(move.out) > 1 or not expected or (move.index < 0).any():
+        raise refusal
+    if sum(ref in source for source in move.sources) > 1:
+        raise refusal
+    first = 0
+    for source in move.sources:  # laid end to end
+        shape = tuple(size_of(analysis, axis) for axis in source)
+        if ref in source:
+            break
+        first += int(np.prod(shape))
+    here = np.flatnonzero((move.index >= first) & (move.index < first + int(np.prod(shape))))
+    own = np.unravel_index(move.index[here] - first, shape)[source.index(ref)]
+    rows = [here[np.isin(own, row)] for row in positions]
     if len({len(row) for row in rows}) > 1 or not len(rows[0]):
-        raise _Refused(f"{user.name} rearranges its nodes")
-    return (user, out), np.stack(rows)
+        raise refusal
+    return out, np.stack(rows)

@@ -238,7 +238,90 @@ class Recurrent(nn.Module):
         return self.last(torch.tanh(self.inner(x)))
 
 
-def test_recurrent_nodes_are_refused_and_what_feeds_them_is_not() -> None:
+class Sequence(nn.Module):
+    """A recurrent layer, and what reads its outputs or the last state of the last layer."""
+
+    def __init__(self, kind: str, layers: int, both: bool, read: str, **more: Any) -> None:
+        super().__init__()
+        made = getattr(nn, kind)
+        self.cell = made(3, 5, layers, bidirectional=both, batch_first=True, **more)
+        width = more.get("proj_size", 5) * (1 + (both and read == "outputs"))
+        self.read, self.last = read, nn.Linear(width, 2)
+        self.state = nn.Linear(3, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        start = self.state(x[:, 0])[None] if self.read == "started" else None
+        out, state = self.cell(x, start)
+        state = state[0] if isinstance(state, tuple) else state
+        read = {"outputs": out, "last": state[-1], "all": state, "started": out}
+        return self.last(read[self.read])
+
+    def plant(self) -> Sequence:
+        """Nodes 1 and 3 of every layer and direction are one cover."""
+        with torch.no_grad():
+            for name, p in self.cell.named_parameters():
+                gates = p.view(-1, 5, *p.shape[1:])
+                gates[:, 3] = gates[:, 1]
+                if name.startswith(("weight_hh", "weight_ih_l1")):
+                    p[:, 3] = p[:, 1]
+                if p.ndim > 1 and p.shape[1] == 10:
+                    p[:, 8] = p[:, 6]
+            for own in self.last.weight.split(5, 1):
+                own[:, 3] = own[:, 1]
+        return self
+
+
+@pytest.mark.parametrize("read", ["outputs", "last"])
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_recurrent_nodes_start_anew(kind: str, both: bool, read: str) -> None:
+    torch.manual_seed(4)
+    model = Sequence(kind, 2, both, read).double().plant()
+    x = torch.randn(6, 4, 3, dtype=torch.float64)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    train(model, optimizer, x, 3)
+    breaker = fxfib.SymmetryBreaker(model, optimizer, (x,), eps=1e-9)
+    before = model(x).detach()
+    done = breaker.break_all()
+    names = ["l0", "l0_reverse", "l1", "l1_reverse"] if both else ["l0", "l1"]
+    expected = [(f"cell (hidden {name})", 3, 1) for name in names]
+    assert [(r.layer, r.node, r.representative) for r in done] == expected
+    assert torch.allclose(model(x), before, rtol=0, atol=1e-12)
+    cell = model.cell
+    for name in names:
+        hh = getattr(cell, f"weight_hh_{name}").detach()
+        rows = hh.view(-1, 5, 5)
+        assert bool((hh[:, 3] == 0).all())
+        assert bool((rows[:, 3, [0, 1, 2, 4]] != 0).all())
+        assert bool((rows[:, 3] - rows[:, 1]).abs().amax(1).gt(0.01).all())  # every gate
+        assert float(getattr(cell, f"bias_ih_{name}").detach().view(-1, 5)[:, 3].abs().max()) == 0
+        moment = optimizer.state[getattr(cell, f"weight_ih_{name}")]["exp_avg"]
+        moment = moment.view(-1, 5, moment.shape[1])
+        unread = both and read == "last" and name == "l1"  # `state[-1]` is of the other direction
+        assert not moment[:, 3].any() and bool(moment[:, 1].any()) != unread
+    train(model, optimizer, x, 5)
+    covers = breaker.covers()
+    assert all(len(set(labels.tolist())) == 5 for name, labels in covers.items())
+
+
+def test_recurrent_nodes_that_cannot_be_told_apart_are_refused() -> None:
+    torch.manual_seed(4)
+    x = torch.randn(6, 4, 3)
+    for options, why in (
+        ({"kind": "GRU", "layers": 2, "read": "all"}, "nodes of several layers"),
+        ({"kind": "GRU", "layers": 1, "read": "started"}, "first state"),
+    ):
+        model = Sequence(both=False, **options)
+        with pytest.raises(InputError, match=why):
+            fxfib.SymmetryBreaker(model, torch.optim.SGD(model.parameters(), lr=0.1), (x,))
+    model = Sequence("LSTM", 1, False, "outputs", proj_size=4)
+    breaker = fxfib.SymmetryBreaker(model, torch.optim.SGD(model.parameters(), lr=0.1), (x,))
+    assert set(breaker.units) == {"cell"}
+    assert "projection stands between" in breaker.refused["cell (projected l0)"]
+    assert {p.name for p in breaker.units["cell"].outgoing} == {"cell.weight_hr_l0"}
+
+
+def test_what_feeds_and_what_reads_a_recurrent_layer() -> None:
     torch.manual_seed(0)
     model, x = Recurrent().double(), torch.randn(2, 4, 3, dtype=torch.float64)
     with torch.no_grad():
@@ -247,13 +330,42 @@ def test_recurrent_nodes_are_refused_and_what_feeds_them_is_not() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     breaker = fxfib.SymmetryBreaker(model, optimizer, (x,))
     assert set(breaker.units) == {"into", "inner"}
-    assert "read by the layer itself" in next(
-        why for name, why in breaker.refused.items() if name.startswith("cell")
-    )
+    assert "keep its nodes apart" in breaker.refused["cell"]  # a layer norm behind it
     before = model(x).detach()
     (done,) = breaker.break_all()
     assert (done.layer, done.node, done.representative) == ("into", 3, 0)
     assert torch.allclose(model(x), before, rtol=0, atol=1e-12)
+
+
+class Joined(nn.Module):
+    """Two layers side by side; the second's nodes are also read alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(3, 5), nn.Linear(3, 7)
+        self.last, self.alone = nn.Linear(12, 2), nn.Linear(7, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        one, two = torch.relu(self.one(x)), torch.tanh(self.two(x))
+        return self.last(torch.cat([one, two], 1)) + self.alone(two)
+
+
+def test_concatenated_nodes() -> None:
+    torch.manual_seed(0)
+    model, x = Joined().double(), torch.randn(9, 3, dtype=torch.float64)
+    with torch.no_grad():
+        for layer, node, twin in ((model.one, 4, 0), (model.two, 6, 2)):
+            layer.weight[node], layer.bias[node] = layer.weight[twin], layer.bias[twin]
+        model.last.weight[:, 4] = model.last.weight[:, 0]
+        model.last.weight[:, 5 + 6] = model.last.weight[:, 5 + 2]
+        model.alone.weight[:, 6] = model.alone.weight[:, 2]
+    breaker = fxfib.SymmetryBreaker(model, torch.optim.SGD(model.parameters(), lr=0.1), (x,))
+    before = model(x).detach()
+    done = breaker.break_all()
+    assert [(r.layer, r.node, r.representative) for r in done] == [("one", 4, 0), ("two", 6, 2)]
+    assert torch.allclose(model(x), before, rtol=0, atol=1e-12)
+    assert model.last.weight.detach()[:, [4, 11]].abs().max() == 0
+    assert model.alone.weight.detach()[:, 6].abs().max() == 0
 
 
 class Various(nn.Module):
