@@ -395,9 +395,6 @@ class Colored(Analysis):
     def find(self) -> None:
         """Nothing is merged, so no heads need a layout of their own."""
 
-    def readers(self, node: fx.Node) -> list[fx.Node]:
-        return [user for user in node.users if user not in self.continued.added]
-
     def tensor(self, node: fx.Node) -> torch.Tensor:
         if node.op == "get_attr" and str(node.target) in self.weights:
             return self.weights[str(node.target)].detach()

@@ -324,10 +324,6 @@ class Analysis:
             pending += source.all_input_nodes
         return False
 
-    def readers(self, node: fx.Node) -> list[fx.Node]:
-        """Who takes a value in the network itself; where errors go back, they take it too."""
-        return list(node.users)
-
     def release(self, node: fx.Node) -> None:
         """Forget the rows of a value that everybody has read (they may be copies of weights)."""
         value = self.values[node]

@@ -16,8 +16,10 @@ from torch import fx
 from fxfib.coloring import Labels
 from fxfib.passes.backward import Colored
 from fxfib.passes.cover import layers, size_of
-from fxfib.passes.relations import Even, Full, Keep, Move, Ref, Relation, Same
+from fxfib.passes.relations import Even, Full, Keep, Move, Ref, Same
+from fxfib.passes.rules import find_rule
 from fxfib.passes.rules.base import is_tensor
+from fxfib.passes.rules.recurrent import Recurrent
 
 
 @dataclass(frozen=True)
@@ -141,8 +143,8 @@ def _through(
     found: list[tuple[Ref, Labels]] = []
     relations = analysis.by_node.get(user, [])
     if isinstance(ref[1], str):
-        _refuse_piled(user, ref, relations)
-        if not any(ref in r.refs for r in relations if isinstance(r, (Same, Move))):
+        tied = any(ref in r.refs for r in relations if isinstance(r, (Same, Move)))
+        if not (tied and _read_here(analysis, user, ref)):
             return []  # another output of the op, where other layers' nodes are
     read = False
     for relation in relations:
@@ -168,12 +170,18 @@ def _through(
     return found
 
 
-def _refuse_piled(user: fx.Node, ref: Ref, relations: list[Relation]) -> None:
-    """The last states of several layers may lie along one axis, read by the same weights."""
-    tied = [{r.a, r.b} - {ref} for r in relations if isinstance(r, Same) and ref in r.refs]
-    for (own,) in tied:
-        if sum(isinstance(r, Same) and own in r.refs for r in relations) > 1:
-            raise _Refused(f"{user.name} lays the nodes of several layers over each other")
+def _read_here(analysis: Colored, user: fx.Node, ref: Ref) -> bool:
+    """Whether a layer's nodes are read in one of its op's outputs, told from other layers'."""
+    rule = find_rule(ref[0])
+    number = int(user.args[1])  # type: ignore[arg-type]
+    if number == 0 or not isinstance(rule, Recurrent):
+        return True
+    layers = rule.layers(analysis, ref[0])
+    read = rule.rows_read(ref[0], number, len(layers), analysis.continued.added)
+    own = next(layer.number for layer in layers if ref[1] in (layer.hidden, layer.output))
+    if read[own] and read.sum() > 1:
+        raise _Refused(f"{user.name} lays the nodes of several layers over each other")
+    return bool(read[own])
 
 
 def _inside(analysis: Colored, unit: Unit, ref: Ref, positions: Labels) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -256,7 +256,7 @@ class Recurrent(Rule):
         outputs = [inner[layer.output] for layer in layers[-count:]]
         found = [Value(self.part_shape(node, 0), (_on(_joined(outputs), 2),))]
         for number in range(1, len(node.meta["val"])):
-            read = self.rows_read(analysis, node, number, len(layers))
+            read = self.rows_read(node, number, len(layers))
             chosen = [
                 inner[layer.output if number == 1 else layer.hidden]
                 for layer in layers
@@ -271,13 +271,15 @@ class Recurrent(Rule):
         return tuple(hint(s) for s in node.meta["val"][number].shape)
 
     @staticmethod
-    def rows_read(analysis: Analysis, node: fx.Node, number: int, count: int) -> Mask:
+    def rows_read(node: fx.Node, number: int, count: int, ignored: Container[fx.Node] = ()) -> Mask:
         """Of which layers anybody reads the last state: ``h_n[-1]`` says nothing of the others."""
         read = np.zeros(count, dtype=bool)
         for item in node.users:
             if item.args[1] != number:
                 continue
-            for user in analysis.readers(item):
+            for user in item.users:
+                if user in ignored:
+                    continue
                 literal = [a for a in user.args[1:] if isinstance(a, int)]
                 if user.target is aten.select.int and len(literal) == 2 and literal[0] in (0, -3):
                     read[literal[1]] = True
