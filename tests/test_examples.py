@@ -10,7 +10,10 @@ import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
-WITH_FOLDER = {"image_model.py", "recurrent_model.py", "transformer.py", "read_the_report.py"}
+WITH_FOLDER = {
+    "image_model.py", "recurrent_model.py", "transformer.py", "read_the_report.py",
+    "watch_training.py",
+}  # fmt: skip
 # They set up logging, or register a rule: in a process of their own.
 ALONE = {"torch_compile.py", "write_a_rule.py"}
 LAUNCHED_BY_ANOTHER = {"run_onnx.py"}
