@@ -44,11 +44,13 @@ def test_looks_in_a_browser(tmp_path: Path, theme: str) -> None:
     dom, said = opened(path, theme)
     assert not said, said
     assert f'data-theme="{theme}"' in dom and 'data-ready="yes"' in dom
+    assert '<option value="cover" selected="">' in dom
     for text in ("step 40", "Net in training", "7 nodes, 3 covers", "accuracy 0.750",
                  "2–6", "2–5 | 6"):  # fmt: skip
         assert text in dom, text
     dom, said = opened(path, theme, "&frame=0&symmetry=fiber")
     assert not said, said
+    assert '<option value="fiber" selected="">' in dom
     for text in ("step 0", "7 nodes, 7 fibers", "Every node is a fiber of its own", "first look"):
         assert text in dom, text
 

@@ -147,7 +147,9 @@ function moveCursor() {
 }
 themeListeners.push(paintCurves);
 
-for (const [value, name] of Object.entries(NAMES)) $("symmetry").append(element("option", { value }, name));
+const asked = new URLSearchParams(location.search);
+if (Object.hasOwn(NAMES, asked.get("symmetry"))) symmetry = asked.get("symmetry");
+for (const [value, name] of Object.entries(NAMES)) $("symmetry").append(element("option", { value, defaultSelected: value === symmetry }, name));
 for (const value of [2, 4, 8, 16, 32]) $("speed").append(element("option", { value }, `${value} looks a second`));
 $("speed").value = 8;
 $("frame").max = last;
@@ -161,8 +163,6 @@ addEventListener("keydown", (event) => {
   play(!timer);
 });
 $("theme").onclick = () => setTheme(root.dataset.theme === "dark" ? "light" : "dark");
-const asked = new URLSearchParams(location.search);
-if (NAMES[asked.get("symmetry")]) $("symmetry").value = symmetry = asked.get("symmetry");
 show(asked.has("frame") ? +asked.get("frame") || 0 : last);
 const named = asked.get("theme");
 setTheme(named === "dark" || named === "light" ? named : matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
