@@ -17,7 +17,7 @@ compiles back to its size at eps = 0.  On straight lines between two lifts of on
 (bench/landscape_path.py), so its loss does not move either; there ``t`` counts corners.
 
 Rows: `landscape_lifts.csv` (a network each), `landscape.csv` (a point on a line each).  The losses
-are those of 2,000 test images; they choose nothing.
+are those of 500 test images; they choose nothing.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ import fxfib
 RESULTS = Path(__file__).resolve().parent / "results"
 HIDDEN = (24, 16)
 CHANGES = (0.0, 1.0)
-POINTS = 21
+POINTS = 11
 LIFTS = ("seed", "network", "parent", "nodes", "parameters", "loss", "difference", "compiled",
          "torch")  # fmt: skip
 PATHS = ("seed", "kind", "one", "other", "t", "loss", "excess", "torch")
@@ -69,7 +69,7 @@ def base_of(seed: int, data: Images) -> nn.Sequential:
 def loss_of(model: nn.Module, data: Images) -> float:
     """Cross-entropy of some test images."""
     with torch.no_grad():
-        return float(F.cross_entropy(model(data.test[:2000].double()), data.test_labels[:2000]))
+        return float(F.cross_entropy(model(data.test[:500].double()), data.test_labels[:500]))
 
 
 def widened(model: nn.Module, factor: float, seed: int, changes: float) -> nn.Sequential:
