@@ -31,7 +31,7 @@ from fxfib.history import COLUMNS as SEEN
 
 RESULTS = Path(__file__).resolve().parent / "results"
 EPS = 0.7
-EVERY = {"mlp": 20, "cnn": 25}
+EVERY = {"mlp": 20, "cnn": 50}
 COMPILED = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 COLUMNS = ("network", "seed", "eps", *SEEN, "loss", "accuracy", "torch")
 COMPRESSED = ("network", "seed", "eps", "parameters", "fraction", "accuracy", "original", "torch")
