@@ -10,6 +10,8 @@ Each network is lifted by 1.5 and compiled back.  ``step`` says what a row compa
 - ``backend``: the compiled network under ``torch.compile`` beside the lifted one under
   ``torch.compile(backend="fxfib")``; the ratio is the first over the second.
 - ``checks``: no times; what holds is in ``note``, what does not is in ``failure``.
+- ``work``: no times either, so no noise: the ONNX file has the operators and the weights of the
+  original's, and inductor makes the same kernels of both.
 
 ``ratio`` is the median over rounds, ``best_ratio`` compares the shortest times (side_by_side.py
 says why); ``load`` is how many processes wanted a core when a network was begun.  Rows go to
@@ -17,9 +19,11 @@ bench/results/pipeline.csv.  ``bert`` needs ``transformers``.
 """
 
 import argparse
+import collections
 import csv
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -37,7 +41,7 @@ COLUMNS = (
 )  # fmt: skip
 VISION = {"resnet18": 128, "mobilenet_v2": 128, "resnet50": 128, "vit_b_16": 224}
 NAMES = ("mlp", "lstm", "bert", *VISION)
-STEPS = ("checks", "torch", "onnxruntime", "backend")
+STEPS = ("checks", "work", "torch", "onnxruntime", "backend")
 
 
 def network(name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
@@ -208,6 +212,30 @@ class Subject:
         row = {"step": "checks", "note": "; ".join(held), "failure": "; ".join(failures)}
         return [{**self.common, **row, "relative_error": gap.relative}]
 
+    def work(self) -> list[dict[str, Any]]:
+        """Whether there is as much to do as in the original; what differs is the failure."""
+        import fxfib
+
+        found = []
+        with tempfile.TemporaryDirectory() as folder:
+            for number, module in enumerate((self.model, self.small)):
+                path = Path(folder) / f"{number}.onnx"
+                fxfib.export_onnx(module, path, self.args, self.kwargs, verify=False)
+                found.append(operators(path))
+        differ = {
+            "ONNX operators and weights": (found[0] - found[1], found[1] - found[0]),
+        }
+        ours, theirs = kernels(self.wide, self.one, "fxfib"), kernels(self.small, self.one, None)
+        differ["inductor's kernels"] = (theirs - ours, ours - theirs)
+        note = [what for what, (less, more) in differ.items() if not less and not more]
+        failure = [
+            f"{what}: {dict(less)} became {dict(more)}"
+            for what, (less, more) in differ.items()
+            if less or more
+        ]
+        row = {"note": "; ".join(f"the same {what}" for what in note)}
+        return [{**self.common, **row, "step": "work", "failure": "; ".join(failure)}]
+
     def rows(self, step: str) -> list[dict[str, Any]]:
         """All rows of a step."""
         import torch
@@ -215,7 +243,36 @@ class Subject:
         if step in ("torch", "onnxruntime"):
             return self.beside(step)
         with torch._dynamo.config.patch(allow_rnn=True):  # else recurrent layers are graph breaks
-            return self.backend() if step == "backend" else self.checks()
+            return {"backend": self.backend, "checks": self.checks, "work": self.work}[step]()
+
+
+def operators(path: Path) -> "collections.Counter[Any]":
+    """Operators of an ONNX file with the shapes of their weights, and how often each."""
+    import onnx
+
+    graph = onnx.load(path).graph
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    return collections.Counter(
+        (node.op_type, tuple(shapes[n] for n in node.input if len(shapes.get(n, ())) > 1))
+        for node in graph.node
+    )
+
+
+def kernels(module: Any, batch: Any, backend: str | None) -> "collections.Counter[str]":
+    """Names of the kernels that inductor calls, and how often each."""
+    import torch
+    from torch._inductor.utils import run_and_get_code
+
+    torch._dynamo.reset()
+    args, kwargs = batch
+    run = torch.compile(module, dynamic=False, **({"backend": backend} if backend else {}))
+    with torch.inference_mode(), torch._inductor.config.patch(fx_graph_cache=False):
+        _, codes = run_and_get_code(run, *args, **kwargs)
+    called = r"^ +(?:\w+ = )?(extern_kernels\.\w+|torch\.ops\.[\w.]+|\w*fused\w*)\("
+    calls = re.findall(called, "\n".join(codes), re.MULTILINE)
+    if not calls:
+        raise RuntimeError("no kernels were found in what inductor made")
+    return collections.Counter(re.sub(r"_\d+$", "", name) for name in calls)
 
 
 def _global_state(model: Any) -> tuple[Any, ...]:
@@ -321,7 +378,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{row['original_ms']} -> {row['small_ms']} ms, ratio {row['ratio']}, "
             f"of the shortest times {row['best_ratio']}"
         )
-        text = row["failure"] or (row["note"] if row["step"] == "checks" else times)
+        text = row["failure"] or (row["note"] or times)
         print(f"{row['model']:<13} {row['step']:<12} {row['batch']:>3}  {text}")
     return 1 if failed else 0
 

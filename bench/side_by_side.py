@@ -22,7 +22,7 @@ TIMES = (
     "ratio", "ratio_low", "ratio_high", "best_ratio", "relative_error", "rounds",
 )  # fmt: skip
 # Short samples, some of which nobody disturbs; seconds for a row; fewest and most rounds.
-SAMPLE, SECONDS, FEWEST, MOST = 0.0005, 12.0, 15, 600
+SAMPLE, SECONDS, FEWEST, MOST = 0.0005, 5.0, 15, 600
 
 
 def compared(calls: Sequence[timing.Call]) -> dict[str, Any]:

@@ -19,12 +19,12 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline import network, processor
-from side_by_side import TIMES, side_by_side
+from side_by_side import TIMES, compared, side_by_side
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "speedup.csv"
@@ -36,8 +36,9 @@ COLUMNS = (
     "round_to", "rounds", "threads", "machine", "torch", "onnxruntime", "fxfib",
 )  # fmt: skip
 ROUND_TO = 8
-CALIBRATION = 16
+CALIBRATION = 4
 PROFILED = 60
+BATCHES = (1, 8)
 
 
 def model_of(name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
@@ -83,6 +84,17 @@ def smaller(name: str, model: Any, args: Any, kwargs: Any) -> Any:
     return small
 
 
+def files(name: str, pair: Sequence[Any], args: Any, kwargs: Any) -> list[str]:
+    """ONNX files of both; written once."""
+    import fxfib
+
+    paths = [MADE / f"{name}_{which}.onnx" for which in ("original", "small")]
+    for module, path in zip(pair, paths, strict=True):
+        if not path.exists():
+            fxfib.export_onnx(module, path, args, kwargs, verify=False)
+    return [str(path) for path in paths]
+
+
 def measure(name: str) -> list[dict[str, Any]]:
     """All rows of one network."""
     import onnxruntime
@@ -92,6 +104,7 @@ def measure(name: str) -> list[dict[str, Any]]:
 
     model, args, kwargs = model_of(name)
     small = smaller(name, model, args, kwargs)
+    paths = files(name, (model, small), args, kwargs)
     report = small.fibration
     ratio = report.macs_before / report.macs_after
     common = {
@@ -102,11 +115,12 @@ def measure(name: str) -> list[dict[str, Any]]:
         "onnxruntime": onnxruntime.__version__, "fxfib": fxfib.__version__,
     }  # fmt: skip
     rows = []
-    for runtime in ("onnxruntime", "torch"):
-        for row in side_by_side(runtime, (model, small), args, kwargs, (1, 8)):
-            own = {"runtime": runtime, **row, "efficiency": row["best_ratio"] / ratio}
-            rows.append({**common, **own})
-    for operator, before, after in profile(model, small, args, kwargs):
+    found = [*in_onnx_runtime(paths, args, kwargs)]
+    for row in side_by_side("torch", (model, small), args, kwargs, BATCHES):
+        found.append({"runtime": "torch", **row})
+    for row in found:
+        rows.append({**common, **row, "efficiency": row["best_ratio"] / ratio})
+    for operator, before, after in profile(paths, args, kwargs):
         own = {"excess_ms": after - before / ratio, "rounds": PROFILED}
         own |= {"original_best_ms": before, "small_best_ms": after}
         if after > 0:
@@ -115,29 +129,53 @@ def measure(name: str) -> list[dict[str, Any]]:
     return rows
 
 
-def profile(model: Any, small: Any, args: Any, kwargs: Any) -> list[tuple[str, float, float]]:
+def calls_of(sessions: Sequence[Any], args: Any, kwargs: Any, batch: int) -> list[Any]:
+    """One call of each session on the example inputs, repeated to a batch."""
+    import torch
+
+    from fxfib.runtimes import with_batch
+
+    leaves = torch.utils._pytree.tree_leaves(with_batch((args, kwargs), 2, batch))
+    arrays = [leaf.numpy() for leaf in leaves]
+
+    def call(session: Any) -> Any:
+        names = [entry.name for entry in session.get_inputs()]
+        feed = dict(zip(names, arrays, strict=True))
+        return lambda: session.run(None, feed)
+
+    return [call(session) for session in sessions]
+
+
+def in_onnx_runtime(paths: Sequence[str], args: Any, kwargs: Any) -> Iterator[dict[str, Any]]:
+    """Both files, at every batch size."""
+    import torch
+
+    from fxfib.runtimes import onnx_session
+
+    sessions = [onnx_session(path, "cpu", torch.get_num_threads()) for path in paths]
+    for batch in BATCHES:
+        row = compared(calls_of(sessions, args, kwargs, batch))
+        yield {"runtime": "onnxruntime", "batch": batch, **row}
+
+
+def profile(paths: Sequence[str], args: Any, kwargs: Any) -> list[tuple[str, float, float]]:
     """Milliseconds of every type of operator in one run at batch 1, before and after."""
     import torch
 
-    import fxfib
-    from fxfib.runtimes import onnx_session, with_batch
+    from fxfib.runtimes import onnx_session
 
     with tempfile.TemporaryDirectory() as folder:
-        sessions = []
-        for number, module in enumerate((model, small)):
-            path = Path(folder) / f"{number}.onnx"
-            fxfib.export_onnx(module, path, args, kwargs, verify=False)
-            sessions.append(
-                onnx_session(
-                    str(path), "cpu", torch.get_num_threads(), enable_profiling=True,
-                    profile_file_prefix=str(Path(folder) / str(number)),
-                )
-            )  # fmt: skip
-        one = torch.utils._pytree.tree_leaves(with_batch((args, kwargs), 2, 1))
+        sessions = [
+            onnx_session(
+                path, "cpu", torch.get_num_threads(), enable_profiling=True,
+                profile_file_prefix=str(Path(folder) / str(number)),
+            )
+            for number, path in enumerate(paths)
+        ]  # fmt: skip
+        calls = calls_of(sessions, args, kwargs, 1)
         for _ in range(PROFILED + 2):
-            for session in sessions:
-                names = [entry.name for entry in session.get_inputs()]
-                session.run(None, dict(zip(names, (leaf.numpy() for leaf in one), strict=True)))
+            for call in calls:
+                call()
         before, after = (operator_times(Path(session.end_profiling())) for session in sessions)
     names = sorted({*before, *after}, key=lambda name: -before.get(name, 0.0))
     return [(name, before.get(name, 0.0), after.get(name, 0.0)) for name in names]
@@ -215,7 +253,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.here:
         (name,) = options.models
         if options.make:
-            smaller(name, *model_of(name))
+            model, args, kwargs = model_of(name)
+            files(name, (model, smaller(name, model, args, kwargs)), args, kwargs)
             return 0
         rows = measure(name)
         write(options.output, [r for r in earlier(options.output) if r["model"] != name] + rows)

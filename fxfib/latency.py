@@ -164,7 +164,8 @@ def widths_for(graph_module: fx.GraphModule, runtime: str) -> tuple[int, str]:
     kinds = [kind for kind, share in shares.items() if share]
     if not kinds:
         return 1, "round_to=1: no linear layers or convolutions to measure"
-    widths: Widths = measure_widths(runtime, kinds=kinds)
+    place = next((tensor.device.type for tensor in graph_module.parameters()), "cpu")
+    widths: Widths = measure_widths(runtime, kinds=kinds, device=place)
     multiple = widths.best(shares)
     costs = ", ".join(f"{kind} {widths.cost(kind, multiple):.2f}" for kind in kinds)
     return multiple, (

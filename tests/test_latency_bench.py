@@ -45,10 +45,15 @@ def test_a_profile_is_added_up_by_operator_and_run(bench, tmp_path):
     assert bench[2].operator_times(path) == {"Conv": 0.03, "Relu": 0.005}
 
 
-def test_a_real_profile_names_the_operators(bench):
+def test_a_real_profile_names_the_operators(bench, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench[2], "MADE", tmp_path)
+    monkeypatch.setattr(bench[1], "SECONDS", 0.01)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 5)).eval()
     small = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(36, 5)).eval()
-    found = bench[2].profile(model, small, (torch.randn(2, 3, 5, 5),), {})
+    example = (torch.randn(2, 3, 5, 5),)
+    paths = bench[2].files("net", (model, small), example, {})
+    assert [row["batch"] for row in bench[2].in_onnx_runtime(paths, example, {})] == [1, 8]
+    found = bench[2].profile(paths, example, {})
     names = {name for name, _, _ in found}
     assert any("Conv" in name for name in names) and {"Gemm", "MatMul"} & names, names
     assert all(before >= 0 and after >= 0 for _, before, after in found)

@@ -227,13 +227,13 @@ def test_widths_that_pay_are_proposed(monkeypatch: pytest.MonkeyPatch) -> None:
     times = {width: float(-(-width // 8)) for width in range(33, 65)}
     asked = []
 
-    def measure(runtime: str, *, kinds: list[str]) -> fxfib.Widths:
-        asked.append((runtime, kinds))
+    def measure(runtime: str, *, kinds: list[str], device: str) -> fxfib.Widths:
+        asked.append((runtime, kinds, device))
         return fxfib.Widths(runtime, {"linear": times}, "a clock of our own")
 
     monkeypatch.setattr(latency, "measure_widths", measure)
     small = fxfib.tune(MODEL, example_inputs=INPUTS, params=0.6, round_to="auto")
-    assert asked == [("onnxruntime", ["linear"])]
+    assert asked == [("onnxruntime", ["linear"], "cpu")]
     sizes = [small.get_submodule(name).out_features for name in ("0", "2")]
     assert all(size % 8 == 0 for size in sizes) and sizes[0] < 30
     (note,) = [note for note in small.fibration.notes if "round_to=8 was measured" in note]
