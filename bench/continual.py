@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import os
 import statistics
 import sys
@@ -194,9 +195,13 @@ def kind(row: Row) -> tuple[str, str, int]:
 
 def perform(
     name: str, setting: Setting, plan: list[tuple[str, dict[str, Any], int]], path: Path,
-    cache: Path, tasks: int, every: float = 30.0,
+    cache: Path, tasks: int, every: float = 30.0, minutes: float = math.inf,
 ) -> list[Row]:  # fmt: skip
-    """Run what is missing of a plan; every so many seconds a checkpoint, and the CSV."""
+    """Run what is missing of a plan; every so many seconds a checkpoint, and the CSV.
+
+    After some minutes of the processor's time it is left for another call.
+    """
+    end = time.process_time() + 60 * minutes
     runs: dict[tuple[str, str, int], list[Row]] = {}
     for row in read(path):
         runs.setdefault(kind(row), []).append(row)
@@ -216,11 +221,16 @@ def perform(
             row = run.next()
             bar.update()
             bar.set_postfix_str(f"{method} {seed}: {row['accuracy']:.1f} %")
-            if time.monotonic() - saved > every or len(run.rows) == tasks:
+            over = time.process_time() > end
+            if time.monotonic() - saved > every or len(run.rows) == tasks or over:
                 run.save(checkpoint)
                 runs[key] = [{"setting": name, **r} for r in run.rows]
                 write(path, [r for own in runs.values() for r in own])
                 saved = time.monotonic()
+            if over:
+                break
+        if time.process_time() > end:
+            break
     bar.close()
     return [r for own in runs.values() for r in own]
 
@@ -287,6 +297,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--tasks", type=int, help="instead of the setting's own number")
     parser.add_argument("--tune", action="store_true", help="all OPTIONS, on the tuning seeds")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="then leave it")
     parser.add_argument("--cache", type=Path, default=Path("bench/cache"))
     parser.add_argument("--output", type=Path, default=Path("bench/results"), help="a folder")
     parser.add_argument("--plot", action="store_true", help="only draw, from the CSV")
@@ -315,7 +326,10 @@ def main(arguments: list[str] | None = None) -> int:
         best = {m: chosen(m, read(tuning)) for m in methods}
         plan = [(m, best[m], seed) for seed in range(first, last) for m in methods]
         path, tasks = final, options.tasks or setting.tasks
-    print(table(perform(options.setting, setting, plan, path, options.cache, tasks)))
+    rows = perform(
+        options.setting, setting, plan, path, options.cache, tasks, minutes=options.minutes
+    )
+    print(table(rows))
     return 0
 
 
