@@ -172,7 +172,9 @@ class EnergyPolicy(Policy):
             return exact
         tree, scales, self.masses[node] = self.tree(node, form, size, live)
         labels = exact.labels.copy()
-        labels[live] = first_appearance(tree.cut(eps)) + FIRST_FREE
+        clusters, dropped = tree.cut(eps)
+        labels[live] = np.where(dropped, ZERO, first_appearance(clusters) + FIRST_FREE)
+        live &= labels != ZERO
         return replace(exact, labels=labels, scales=np.where(live, scales, exact.scales))
 
 

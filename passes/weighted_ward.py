@@ -1,4 +1,4 @@
-"""Ward linkage of points that have masses (scipy's gives every point the same)."""
+"""Ward linkage of points that have masses (scipy's gives every point the same), and of zero."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Tree:
     """Joins of clusters, the cheapest first.
 
     Attributes:
-        count: number of points.
+        count: number of points; zero has this number.
         left, right: int64, a member of each of the two clusters that are joined.
         cost: float64, not decreasing, the energy that each join loses.
         energy: the energy of all points.
@@ -38,12 +38,15 @@ class Tree:
         """Share of the energy that is lost after 1, 2, ... joins."""
         return np.cumsum(self.cost) / max(self.energy, 1e-300)
 
-    def cut(self, eps: float) -> Labels:
-        """Cluster numbers when joins may lose this share, all together."""
-        made = int(np.searchsorted(self.lost, eps, side="right"))
+    def cut(self, eps: float) -> tuple[Labels, npt.NDArray[np.bool_]]:
+        """Cluster numbers when joins may lose this share, all together, and what joined zero."""
+        # The last join would leave nothing.
+        made = min(int(np.searchsorted(self.lost, eps, side="right")), max(len(self.cost) - 1, 0))
         edges = self.left[:made], self.right[:made]
-        graph = coo_array((np.ones(made, dtype=bool), edges), (self.count, self.count))
-        return connected_components(graph, directed=False)[1].astype(np.int64)
+        shape = self.count + 1, self.count + 1
+        graph = coo_array((np.ones(made, dtype=bool), edges), shape)
+        found = connected_components(graph, directed=False)[1].astype(np.int64)
+        return found[:-1], found[:-1] == found[-1]
 
 
 def ward_tree(points: Floats, masses: Floats, groups: Labels) -> Tree:
@@ -53,7 +56,8 @@ def ward_tree(points: Floats, masses: Floats, groups: Labels) -> Tree:
 
     .. math:: \frac{m_A m_B}{m_A + m_B} |\bar p_A - \bar p_B|^2
 
-    and all energy is :math:`\sum_i m_i |p_i|^2`.
+    and all energy is :math:`\sum_i m_i |p_i|^2`.  Zero is a point of infinite mass: to join it is
+    to be dropped, which loses :math:`m_A |\bar p_A|^2`.
 
     Args:
         points: float64 ``[n, d]``.
@@ -75,9 +79,10 @@ def ward_tree(points: Floats, masses: Floats, groups: Labels) -> Tree:
             )
         # In the order of their values, so that ties do not depend on the order of the nodes.
         members = members[np.lexsort(points[members, :8].T[::-1])] if points.shape[1] else members
+        names = np.append(members, len(points))
         for a, b, lost in _chain(points[members], masses[members]):
-            left.append(int(members[a]))
-            right.append(int(members[b]))
+            left.append(int(names[a]))
+            right.append(int(names[b]))
             cost.append(lost)
     order = np.argsort(cost, kind="stable")
     energy = float((masses * np.square(points).sum(1)).sum())
@@ -91,17 +96,19 @@ def ward_tree(points: Floats, masses: Floats, groups: Labels) -> Tree:
 
 
 def _chain(points: Floats, masses: Floats) -> list[tuple[int, int, float]]:
-    """Joins by the nearest-neighbour chain, in no particular order."""
-    count = len(points)
-    mass = masses.astype(np.float64).copy()
+    """Joins by the nearest-neighbour chain, in no particular order; the number behind is zero."""
+    zero = len(points)
+    mass = masses.astype(np.float64)
     squares = np.square(points).sum(1)
-    table = np.maximum(squares[:, None] + squares - 2 * points @ points.T, 0.0)
-    table *= _reduced(mass[:, None], mass)
+    table = np.full((zero + 1, zero + 1), np.inf)
+    apart = np.maximum(squares[:, None] + squares - 2 * points @ points.T, 0.0)
+    table[:zero, :zero] = apart * _reduced(mass[:, None], mass)
+    table[zero, :zero] = table[:zero, zero] = mass * squares
     np.fill_diagonal(table, np.inf)
-    alive = np.ones(count, dtype=bool)
+    alive = np.ones(zero + 1, dtype=bool)
     chain: list[int] = []
     joins = []
-    for _ in range(count - 1):
+    for _ in range(zero):
         if not chain:
             chain.append(int(alive.argmax()))
         while True:
@@ -110,19 +117,21 @@ def _chain(points: Floats, masses: Floats) -> list[tuple[int, int, float]]:
             if len(chain) > 1 and table[here, chain[-2]] <= table[here, nearest]:
                 break
             chain.append(nearest)
-        a, b = chain.pop(), chain.pop()
+        a, b = sorted((chain.pop(), chain.pop()), key=lambda c: c != zero)
         lost = float(table[a, b])
         joins.append((a, b, lost))
         alive[b] = False
-        others = alive.copy()
-        others[a] = False
-        total = np.maximum(mass[a] + mass[b] + mass, 1e-300)
-        joined = ((mass[a] + mass) * table[a] + (mass[b] + mass) * table[b] - mass * lost) / total
-        # Rounding must not make a join cheaper than what it joins.
-        row = np.where(others, np.maximum(joined, 0.0), np.inf)
-        table[a], table[:, a] = row, row
+        if a != zero:  # which stays where it is, whatever joins it
+            own, others = table[:, :zero], alive[:zero].copy()
+            others[a] = False
+            total = np.maximum(mass[a] + mass[b] + mass, 1e-300)
+            joined = (mass[a] + mass) * own[a] + (mass[b] + mass) * own[b] - mass * lost
+            row = np.append(joined / total, table[a, zero] + table[b, zero] - lost)
+            # Rounding must not make a join cheaper than what it joins.
+            row = np.where(np.append(others, alive[zero]), np.maximum(row, lost), np.inf)
+            table[a], table[:, a] = row, row
+            mass[a] += mass[b]
         table[b], table[:, b] = np.inf, np.inf
-        mass[a] += mass[b]
     return joins
 
 
