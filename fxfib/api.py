@@ -63,10 +63,10 @@ def compile(
         criterion: what eps measures.  ``"fibration"``: the largest absolute difference of any
             collapsed entry between any two nodes of a color.  ``"cosine"``: the mean distance, 1 -
             cosine, of two clusters of collapsed rows with their biases that are still joined.
-            ``"energy"``: the share of the energy of what its readers compute that merging the nodes
-            of a layer may lose, told from the weights, or measured on the calibration inputs where
-            there are any (then nodes are dropped whose readers can do without).  At eps = 0 all of
-            them are exact.
+            ``"energy"``: the share of the energy of what its readers compute that may go.  Told
+            from the weights, nodes merge or are dropped, whichever loses less; measured on the
+            calibration inputs where there are any, nodes are dropped whose readers can do without.
+            At eps = 0 all of them are exact.
         calibration: at eps > 0, inputs like those the model will see, without labels: a tensor, or
             an iterable of batches (tensors, tuples of arguments, dicts), such as a ``DataLoader``
             (what follows the arguments in a batch is left out).  At most the first 4,096 examples

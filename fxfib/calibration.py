@@ -38,8 +38,7 @@ def batches_of(
         InputError: there is no input in it, or one does not fit the model.
     """
     if calibration is None:
-        examples = normalize_inputs(captured.source, example_inputs, example_kwargs)
-        return list(synthetic(captured, pytree.tree_leaves(examples)))
+        return drawn(captured, example_inputs, example_kwargs)
     if isinstance(calibration, (torch.Tensor, Mapping)):
         calibration = [calibration]
     if not isinstance(calibration, Iterable):
@@ -64,6 +63,28 @@ def batches_of(
     if not found:
         raise InputError("calibration holds no inputs.")
     return found
+
+
+def drawn(
+    captured: Captured,
+    example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None,
+    *,
+    seed: int = 0,
+) -> list[Batch]:
+    """Synthetic inputs in place of a calibration; another seed gives others."""
+    examples = normalize_inputs(captured.source, example_inputs, example_kwargs)
+    return list(synthetic(captured, pytree.tree_leaves(examples), seed))
+
+
+def inputs_known(captured: Captured) -> bool:
+    """Whether linear layers alone read the floating inputs: their rows say what inputs are like."""
+    floating = [
+        place
+        for place, node in enumerate(_placeholders(captured))
+        if isinstance(value := node.meta.get("val"), torch.Tensor) and value.is_floating_point()
+    ]
+    return bool(floating) and all(_first_rows(captured, place) is not None for place in floating)
 
 
 def checked_batch(item: Any, captured: Captured) -> list[Any]:

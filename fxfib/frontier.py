@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,12 @@ if TYPE_CHECKING:
     from fxfib.evaluation import Evaluator
     from fxfib.workshop import Workshop
 
-Key = tuple[tuple[str, float], ...]
+Key = tuple[tuple[tuple[str, float], ...], bool]
+
+
+def key_of(eps: Mapping[str, float], refined: bool) -> Key:
+    """What tells points apart."""
+    return tuple(sorted(eps.items())), refined
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,7 @@ class Point:
         chosen: whether it is what was returned.
         milliseconds: its median latency where that was the target; None: not measured.
         latency: the same as a part of the original's.
+        refined: whether it was refined before its loss was measured.
     """
 
     parameters: int
@@ -43,6 +50,7 @@ class Point:
     chosen: bool = False
     milliseconds: float | None = None
     latency: float | None = None
+    refined: bool = False
 
 
 class Store:
@@ -67,7 +75,7 @@ class Store:
             if kept.get("search") == self.mark:
                 for data in kept["points"]:
                     point = Point(**data)
-                    self.points[tuple(sorted(point.eps.items()))] = point
+                    self.points[key_of(point.eps, point.refined)] = point
 
     def get(self, key: Key) -> Point | None:
         """A point that was made before."""

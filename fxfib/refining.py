@@ -2,58 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from fxfib.passes.compensate import Batches
 
 RATE = 1e-3
 BATCH = 128
+# Passes over the inputs where nobody asked for a number.
+PASSES = 10
+# What the squared difference of class scores counts beside the divergence of their softmax.
+SQUARED = 0.1
 
 
 def refined(
-    original: fx.GraphModule, small: fx.GraphModule, batches: Batches, passes: int
+    original: fx.GraphModule,
+    small: fx.GraphModule,
+    inputs: Callable[[int], Batches],
+    passes: int,
+    *,
+    scores: bool = True,
 ) -> list[str]:
     """Train ``small`` in place to give the outputs of ``original``; no labels are needed.
 
-    Adam with a cosine schedule on the squared difference of all floating outputs, each in units of
-    its own variance.  Deterministic: batches in a fixed random order.
+    Adam with a cosine schedule on :func:`difference`.  Batch norms keep their statistics.
+    Deterministic: batches in a fixed random order.
+
+    Args:
+        inputs: the batches of every pass, by its number from 0; the same object is not run through
+            ``original`` again.
+        scores: see :func:`difference`.
 
     Returns:
         A note, where there was nothing to train.
     """
     _own(small)
     trained = [p for p in small.parameters() if p.requires_grad]
+    batches = inputs(0)
     pieces = [piece for batch in batches for piece in _cut(batch)]
     if not trained or not pieces:
         return ["nothing was refined: no parameter requires a gradient"]
-    with torch.no_grad():
-        targets = [_floating(original(*piece)) for piece in pieces]
-        spread = [
-            max(float(torch.cat([t[k].flatten() for t in targets]).float().var()), 1e-12)
-            for k in range(len(targets[0]))
-        ]
+    targets = _outputs(original, pieces)
+    spread = [
+        max(float(torch.cat([t[k].flatten() for t in targets]).float().var()), 1e-12)
+        for k in range(len(targets[0]))
+    ]
     optimizer = torch.optim.Adam(trained, RATE)
     total = passes * len(pieces)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
     generator = torch.Generator().manual_seed(0)
-    with torch.enable_grad():
-        for _ in range(passes):
-            for place in torch.randperm(len(pieces), generator=generator).tolist():
-                found = _floating(small(*pieces[place]))
+    for number in range(passes):
+        if inputs(number) is not batches:
+            batches = inputs(number)
+            pieces = [piece for batch in batches for piece in _cut(batch)]
+            targets = _outputs(original, pieces)
+        for place in torch.randperm(len(pieces), generator=generator).tolist():
+            with torch.enable_grad():
+                found = floating(small(*pieces[place]))
                 loss = torch.stack([
-                    (a.float() - b.float()).square().mean() / s
+                    difference(a, b, s, scores=scores)
                     for a, b, s in zip(found, targets[place], spread, strict=True)
                 ]).sum()  # fmt: skip
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
     optimizer.zero_grad()
     return []
+
+
+def _outputs(original: fx.GraphModule, pieces: list[Sequence[Any]]) -> list[list[torch.Tensor]]:
+    with torch.no_grad():
+        return [floating(original(*piece)) for piece in pieces]
+
+
+def difference(
+    found: torch.Tensor, wanted: torch.Tensor, spread: float, *, scores: bool = True
+) -> torch.Tensor:
+    """How far one output is from the original's; 0 only where both are equal.
+
+    The mean squared difference over ``spread``.  What has the shape of class scores, ``[batch,
+    several]``, is compared as such: by the Kullback-Leibler divergence of the softmax, plus a tenth
+    of the squared difference, which alone would spend the network on scores of no consequence.
+    Not ``scores``: what noise scores highest means nothing, so the squared difference is all.
+    """
+    found, wanted = found.float(), wanted.float()
+    squared = (found - wanted).square().mean() / spread
+    if not scores or found.ndim != 2 or found.shape[1] < 2:
+        return squared
+    ours, theirs = F.log_softmax(found, 1), F.log_softmax(wanted, 1)
+    return F.kl_div(ours, theirs, log_target=True, reduction="batchmean") + SQUARED * squared
 
 
 def _own(module: nn.Module) -> None:
@@ -77,6 +119,7 @@ def _cut(batch: Sequence[Any]) -> list[Sequence[Any]]:
     return [[t[start : start + BATCH] for t in batch] for start in range(0, size, BATCH)]
 
 
-def _floating(outputs: object) -> list[torch.Tensor]:
+def floating(outputs: object) -> list[torch.Tensor]:
+    """The floating tensors among the outputs of a call."""
     leaves = torch.utils._pytree.tree_leaves(outputs)
     return [t for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point()]

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from fxfib.calibration import batches_of
+from fxfib.calibration import batches_of, drawn, inputs_known
 from fxfib.capture import capture, normalize_inputs
 from fxfib.certificate import report_of, verified
 from fxfib.errors import InputError
@@ -25,7 +25,7 @@ from fxfib.passes.outlook import Outlook
 from fxfib.passes.plan import Plan, make_plan
 from fxfib.passes.propagation import UnfitError
 from fxfib.passes.rewrite import Rewriter
-from fxfib.refining import refined
+from fxfib.refining import PASSES, refined
 
 Step = Callable[[str], None]
 
@@ -41,7 +41,7 @@ class Workshop:
         model, example_inputs, example_kwargs, criterion, calibration, round_to, residual, skip,
             dynamic_shapes: as in :func:`fxfib.compile`, checked.
         compensate: whether readers of merged nodes are fitted, at eps > 0.
-        refine: as in :func:`fxfib.compile`.
+        refine: as in :func:`fxfib.compile`, or None as in :func:`fxfib.tune`.
         step: called with the name of what is done next.
 
     Raises:
@@ -57,7 +57,7 @@ class Workshop:
         criterion: str = "fibration",
         calibration: Any = None,
         compensate: bool = True,
-        refine: int = 0,
+        refine: int | None = 0,
         round_to: int | None = None,
         residual: str = "joint",
         skip: tuple[str, ...] = (),
@@ -70,7 +70,8 @@ class Workshop:
         self.criterion = criterion
         self.calibration = calibration
         self.compensate = compensate
-        self.refine = refine
+        known = calibration is not None or inputs_known(self.captured)
+        self.refine = (PASSES if compensate and known else 0) if refine is None else refine
         self.round_to = round_to
         self.residual = residual
         self.skip = skip
@@ -86,6 +87,12 @@ class Workshop:
     def batches(self) -> Batches:
         """Calibration or synthetic inputs, flat."""
         return batches_of(self.calibration, self.captured, *self.example)
+
+    def inputs(self, number: int) -> Batches:
+        """Inputs of a pass: the calibration, again and again, or fresh noise every time."""
+        if self.calibration is not None or number == 0:
+            return self.batches
+        return drawn(self.captured, *self.example, seed=number)
 
     @cached_property
     def outlook(self) -> Outlook:
@@ -138,17 +145,22 @@ class Workshop:
             self.graph_module, policy, self.round_to, self.skip, self.step, self.residual
         )
 
-    def fitted(self, rewriter: Rewriter, small: fx.GraphModule) -> list[str]:
-        """Compensate and refine in place; notes on what was left out."""
+    def fitted(
+        self, rewriter: Rewriter, small: fx.GraphModule, *, refine: bool = True
+    ) -> list[str]:
+        """Compensate and, as often as asked for, refine in place; notes on what was left out."""
         if rewriter.analysis.policy.exact:
             return []
         notes: list[str] = []
         if self.compensate:
             self.step("compensate")
             notes = compensate(rewriter, small, self.batches, ridge=RIDGE)
-        if self.refine:
+        if self.refine and refine:
             self.step("refine")
-            notes += refined(self.graph_module, small, self.batches, self.refine)
+            notes += refined(
+                self.graph_module, small, self.inputs, self.refine,
+                scores=self.calibration is not None,
+            )  # fmt: skip
         return notes
 
     def compiled(self, eps: Eps, *, verify: bool = True) -> FibrationModule:

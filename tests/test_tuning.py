@@ -11,6 +11,7 @@ import fxfib
 from fxfib.errors import InputError
 from fxfib.evaluation import Evaluator
 from fxfib.latency import Latency, Stopwatch
+from fxfib.workshop import Workshop
 
 
 def trained() -> tuple[nn.Sequential, torch.Tensor, torch.Tensor]:
@@ -238,3 +239,31 @@ def test_widths_that_pay_are_proposed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(size % 8 == 0 for size in sizes) and sizes[0] < 30
     (note,) = [note for note in small.fibration.notes if "round_to=8 was measured" in note]
     assert "linear 1.00 (a clock of our own)" in note
+
+
+def test_refined_unasked_where_inputs_are_known() -> None:
+    def gap(small: nn.Module) -> float:
+        with torch.no_grad():
+            return float((small(X) - MODEL(X)).square().mean())
+
+    for given in ({}, {"calibration": X}):
+        fitted = fxfib.tune(MODEL, example_inputs=INPUTS, params=0.2, refine=0, **given)
+        refined = fxfib.tune(MODEL, example_inputs=INPUTS, params=0.2, **given)
+        assert gap(refined) < gap(fitted)
+        assert [p.refined for p in refined.fibration.frontier if p.chosen] == [True]
+    images = torch.randn(2, 3, 6, 6)
+    convolution = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(80, 3))
+    assert Workshop(convolution.eval(), images, refine=None).refine == 0
+    assert Workshop(convolution.eval(), images, refine=None, calibration=images).refine > 0
+    assert Workshop(MODEL, INPUTS, refine=None, compensate=False).refine == 0
+
+
+def test_fresh_noise_in_every_pass_and_the_same_twice() -> None:
+    workshop = Workshop(MODEL, INPUTS, refine=None)
+    first, second = workshop.inputs(1)[0][0], workshop.inputs(2)[0][0]
+    assert first.shape == second.shape and not torch.equal(first, second)
+    assert torch.equal(first, workshop.inputs(1)[0][0])
+    calibrated = Workshop(MODEL, INPUTS, refine=None, calibration=X)
+    assert calibrated.inputs(1) is calibrated.inputs(2)
+    once, again = (fxfib.tune(MODEL, example_inputs=INPUTS, params=0.3) for _ in range(2))
+    torch.testing.assert_close(once(X), again(X), rtol=0, atol=0)
