@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # what `__getattr__` below loads, for editors and type checke
     from fxfib.monitor import Monitor
     from fxfib.onnx import export_onnx
     from fxfib.report import Report
+    from fxfib.retuning import finetune, retune
     from fxfib.serialize import load, save
     from fxfib.synchrony import Synchrony, synchrony
     from fxfib.theorems import Theorems, check
@@ -53,6 +54,8 @@ _HOME = {
     "lift": "fxfib.lifting",
     "load": "fxfib.serialize",
     "save": "fxfib.serialize",
+    "finetune": "fxfib.retuning",
+    "retune": "fxfib.retuning",
     "tune": "fxfib.tuning",
     "Report": "fxfib.report",
     "Widths": "fxfib.widths",
@@ -84,9 +87,11 @@ __all__ = [
     "compile",
     "errors",
     "export_onnx",
+    "finetune",
     "lift",
     "load",
     "measure_widths",
+    "retune",
     "save",
     "synchrony",
     "tune",
