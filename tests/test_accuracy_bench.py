@@ -7,60 +7,85 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+MODULES = ("accuracy", "accuracy_methods", "accuracy_networks")
 
 
 @pytest.fixture(scope="module")
-def accuracy(repository: Path) -> Any:
+def bench(repository: Path) -> dict[str, Any]:
     sys.path.insert(0, str(repository / "bench"))
     try:
-        return importlib.import_module("accuracy")
+        return {name: importlib.import_module(name) for name in MODULES}
     finally:
         sys.path.pop(0)
 
 
-class Digits:
-    """As `accuracy.Data`, of random numbers."""
-
-    def __init__(self) -> None:
-        torch.manual_seed(0)
-        self.train = torch.rand(60, 784)
-        self.test = torch.rand(40, 784)
-        self.test_labels = torch.randint(10, (40,))
-
-    def calibration(self, seed: int) -> Tensor:
-        return self.train
+@pytest.fixture(scope="module")
+def accuracy(bench: dict[str, Any]) -> Any:
+    return bench["accuracy"]
 
 
 @pytest.fixture(scope="module")
-def network(accuracy: Any) -> nn.Module:
+def methods(bench: dict[str, Any]) -> Any:
+    return bench["accuracy_methods"]
+
+
+@pytest.fixture(scope="module")
+def digits(bench: dict[str, Any]) -> Any:
+    torch.manual_seed(0)
+    labels = torch.randint(10, (60,))
+    return bench["accuracy_networks"].Data(
+        (torch.rand(60, 784), labels), (torch.rand(40, 784), labels[:40])
+    )
+
+
+@pytest.fixture(scope="module")
+def network(bench: dict[str, Any]) -> nn.Module:
     torch.manual_seed(1)
-    return accuracy.perceptron().eval()
+    return bench["accuracy_networks"].perceptron().eval()
 
 
 @pytest.mark.parametrize("method", ["random", "l1", "l2", "cosine", "folding"])
 def test_baselines_have_the_width_they_should(
-    accuracy: Any, network: nn.Module, method: str
+    methods: Any, network: nn.Module, digits: Any, method: str
 ) -> None:
-    small = accuracy.made(network, method, "none", 0.05, 0, Digits())
+    small = methods.made(network, method, "none", 0.05, 0, digits, 60)
     widths = [m.weight.shape[0] for m in small.modules() if isinstance(m, nn.Linear)]
     assert len(widths) == 4 and widths[-1] == 10
     assert max(widths[:3]) <= 50 and min(widths[:3]) >= 49
     assert small(torch.rand(3, 784)).shape == (3, 10)
 
 
-def test_l1_keeps_the_largest_rows(accuracy: Any, network: nn.Module) -> None:
-    small = accuracy.made(network, "l1", "none", 0.05, 0, Digits())
+def test_l1_keeps_the_largest_rows(methods: Any, network: nn.Module, digits: Any) -> None:
+    small = methods.made(network, "l1", "none", 0.05, 0, digits, 60)
     first = network[0]
     size = first.weight.abs().sum(1) + first.bias.abs()
     kept = size.topk(50).indices.sort().values
     torch.testing.assert_close(small.get_submodule("0").weight, first.weight[kept])
 
 
-def test_parameters_are_counted(accuracy: Any) -> None:
-    for width in (3, 50):
-        own = sum(p.numel() for p in accuracy.perceptron(width).parameters())
-        assert accuracy.parameters(width) == own
+def test_every_network_runs_and_is_pruned_to_its_size(bench: dict[str, Any]) -> None:
+    networks, methods = bench["accuracy_networks"], bench["accuracy_methods"]
+    cases = {
+        "mnist_cnn": (networks.convolutional(), (1, 28, 28)),
+        "resnet": (networks.CifarResNet(1), (3, 32, 32)),
+    }
+    for name, (model, shape) in cases.items():
+        torch.manual_seed(0)
+        x, y = torch.randn(12, *shape), torch.randint(10, (12,))
+        data = networks.Data((x, y), (x, y))
+        small = methods.made(model.eval(), "l2", "images", 0.5, 0, data, 12)
+        share = methods.count(small) / methods.count(model)
+        assert 0.4 < share <= 0.5, name
+        assert networks.macs(small, x[:2]) < networks.macs(model, x[:2])
+        assert small(x).shape == (12, 10)
+        assert 0 <= data.accuracy(small) <= 100
+
+
+def test_the_largest_share_within_a_limit(methods: Any) -> None:
+    assert methods.largest(lambda s: round(100 * s), 30) == pytest.approx(0.305, abs=1e-3)
+    assert methods.largest(lambda s: 1, 30) == 1.0
 
 
 def test_rows_come_back_and_are_summed_up(accuracy: Any, tmp_path: Path) -> None:
@@ -81,4 +106,4 @@ def test_missing_data_is_said(
     accuracy: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert accuracy.main(["--data-root", str(tmp_path), "--output", str(tmp_path / "a.csv")]) == 1
-    assert "MNIST cannot be had" in capsys.readouterr().err
+    assert "the data cannot be had" in capsys.readouterr().err

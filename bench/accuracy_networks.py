@@ -1,0 +1,186 @@
+"""The networks of bench/accuracy.py, their data, and how they are trained."""
+
+from __future__ import annotations
+
+import itertools
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from residual_networks import CifarResNet
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fxfib.files import move_into_place, staging_folder
+
+HIDDEN, LAYERS = 500, 3
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+Split = tuple[Tensor, Tensor]
+AT_ONCE = 500
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of network.
+
+    Attributes:
+        build: a fresh network, or one with the given weights.
+        data: its data, from the folder of all data.
+        trains: whether a seed trains a network of its own; otherwise it draws calibration alone.
+        images: number of unlabeled images of calibration.
+    """
+
+    build: Callable[[Path], nn.Module]
+    data: Callable[[Path], Data]
+    trains: bool
+    images: int
+
+
+class Data:
+    """Images for training and calibration, and those on which accuracy is measured.
+
+    Args:
+        train, test: images and labels.
+    """
+
+    def __init__(self, train: Split, test: Split) -> None:
+        self.train, self.train_labels = train
+        self.test, self.test_labels = test
+
+    def calibration(self, seed: int, count: int) -> Tensor:
+        """Training images without labels."""
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))
+        return self.train[order[:count]]
+
+    def batches(self, seed: int) -> list[Split]:
+        """One pass over the training images, 100 at a time."""
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))
+        return [(self.train[b], self.train_labels[b]) for b in order.split(100)]
+
+    def accuracy(self, model: nn.Module) -> float:
+        """Test accuracy in percent."""
+        right = 0
+        with torch.no_grad():
+            for x, y in zip(self.test.split(AT_ONCE), self.test_labels.split(AT_ONCE), strict=True):
+                right += int((model(x).argmax(1) == y).sum())
+        return 100 * right / len(self.test)
+
+
+def perceptron(width: int = HIDDEN) -> nn.Sequential:
+    """The published network, all hidden layers of one width."""
+    sizes = [784, *[width] * LAYERS, 10]
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise(sizes):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def convolutional() -> nn.Sequential:
+    """Two convolutions and two linear layers for digits."""
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 48, 3), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(48 * 25, 128), nn.ReLU(), nn.Linear(128, 10),
+    )  # fmt: skip
+
+
+def given_resnet(root: Path, blocks: int, pattern: str) -> nn.Module:
+    """A CIFAR-10 network with its published weights."""
+    (file,) = (root / "checkpoints").glob(pattern)
+    state = torch.load(file, weights_only=True, map_location="cpu")["state_dict"]
+    model = CifarResNet(blocks)
+    model.load_state_dict({name.removeprefix("module."): t for name, t in state.items()})
+    return model
+
+
+def mnist(root: Path, shape: tuple[int, ...]) -> Data:
+    """Pixels in [0, 1], not normalised."""
+    from torchvision.datasets import MNIST
+
+    splits = [MNIST(str(root), train=train) for train in (True, False)]
+    train, test = [(s.data.float().reshape(-1, *shape) / 255, s.targets) for s in splits]
+    return Data(train, test)
+
+
+def cifar(root: Path, train: int, test: int) -> Data:
+    """So many images a class of either split, the first by name."""
+    splits = [_pictures(root / "cifar10-jpeg" / f"{name}.tar.gz", count)
+              for name, count in (("train", train), ("test", test))]  # fmt: skip
+    return Data(*splits)
+
+
+def _pictures(path: Path, per_class: int) -> Split:
+    import io
+
+    from PIL import Image
+    from torchvision.transforms.functional import normalize, to_tensor
+
+    images, labels = [], []
+    with tarfile.open(path) as archive:
+        members = [m for m in archive.getmembers() if m.isfile() and "/" in m.name]
+        folders: dict[str, list[tarfile.TarInfo]] = {}
+        for member in sorted(members, key=lambda m: m.name):
+            if member.name.endswith((".jpg", ".jpeg", ".png")):
+                folders.setdefault(member.name.split("/")[-2], []).append(member)
+        for label, folder in enumerate(sorted(folders)):
+            for member in folders[folder][:per_class]:
+                file = archive.extractfile(member)
+                assert file is not None
+                picture = Image.open(io.BytesIO(file.read())).convert("RGB")
+                images.append(normalize(to_tensor(picture), MEAN, DEVIATION))
+                labels.append(label)
+    return torch.stack(images), torch.tensor(labels)
+
+
+# Per class: 300 training images to draw calibration from, 200 test images.
+CIFAR_IMAGES = (300, 200)
+CASES = {
+    "mnist_mlp": Case(lambda root: perceptron(), lambda root: mnist(root, (784,)), True, 2000),
+    "mnist_cnn": Case(
+        lambda root: convolutional(), lambda root: mnist(root, (1, 28, 28)), True, 1024
+    ),
+    "cifar_resnet20": Case(
+        lambda root: given_resnet(root, 3, "resnet20*"),
+        lambda root: cifar(root, *CIFAR_IMAGES), False, 1024,
+    ),
+    "cifar_resnet32": Case(
+        lambda root: given_resnet(root, 5, "resnet32*"),
+        lambda root: cifar(root, *CIFAR_IMAGES), False, 1024,
+    ),
+}  # fmt: skip
+
+
+def trained(name: str, root: Path, data: Data, seed: int, cache: Path) -> nn.Module:
+    """The network of a seed: as given, from the cache, or trained for one pass (Adam 1e-3)."""
+    case = CASES[name]
+    torch.manual_seed(seed)
+    model = case.build(root)
+    path = cache / f"{name}_{seed}.pt"
+    if not case.trains:
+        return model.eval()
+    if path.exists():
+        model.load_state_dict(torch.load(path, weights_only=True))
+        return model.eval()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    order = torch.randperm(len(data.train))
+    for batch in tqdm(order.split(100), desc=f"train {name} {seed}", leave=False):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(data.train[batch]), data.train_labels[batch])
+        loss.backward()
+        optimizer.step()
+    cache.mkdir(parents=True, exist_ok=True)
+    with staging_folder(path) as folder:
+        torch.save(model.state_dict(), folder / path.name)
+        move_into_place(folder / path.name, path)
+    return model.eval()
+
+
+def macs(model: nn.Module, example: Any) -> int:
+    """Multiply-accumulates of one example, by the shapes that layers see."""
+    from fxfib.capture import capture
+    from fxfib.macs import macs_of
+
+    return macs_of(capture(model, (example,)).graph_module) // len(example)
