@@ -23,6 +23,8 @@ from fxfib.workshop import Workshop, rewrite
 OTHERS = ("random", "l1", "l2", "cosine", "folding")
 PRUNERS = ("tp-magnitude", "tp-fpgm")
 HALVINGS = 14
+# A size of at least this part of the limit is near enough.
+NEAR = 0.97
 
 
 class Chosen(Policy):
@@ -144,10 +146,14 @@ def chosen(
         model, (example,), calibration=calibration, compensate=compensate, refine=refine
     )
 
-    def size(share: float) -> int:
-        return count(rewrite(workshop.graph_module, Chosen("l1", share, seed))[1])
+    def size(share: float, by: str = method) -> int:
+        return count(rewrite(workshop.graph_module, Chosen(by, share, seed))[1])
 
-    share = largest(size, target * count(model))
+    # Where layers are coupled, which nodes go decides how many can; elsewhere a cheap way tells.
+    limit = target * count(model)
+    share = largest(lambda s: size(s, "l1"), limit)
+    if not NEAR * limit <= size(share) <= limit:
+        share = largest(size, limit)
     rewriter, small = rewrite(workshop.graph_module, Chosen(method, share, seed))
     notes = workshop.fitted(rewriter, small)
     return workshop.raised(rewriter, small, 1.0, notes, verify=False)
