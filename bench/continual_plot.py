@@ -38,6 +38,12 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    kinds = {(row["method"], row["options"]) for row in rows}
+    several = {m for m, o in kinds if sum(other == m for other, _ in kinds) > 1}
+    rows = [
+        {**r, "method": f"{r['method']} {r['options']}"} if r["method"] in several else r
+        for r in rows
+    ]
     figure, axes = pyplot.subplots(2, 3, figsize=(15, 8))
     for panel, (column, title) in zip(axes.flat, PANELS.items(), strict=True):
         for method in dict.fromkeys(row["method"] for row in rows):
