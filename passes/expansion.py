@@ -94,15 +94,21 @@ class Expansion:
 def separated(analysis: Analysis, edges: Iterable[Edge]) -> list[Relation]:
     """The relations in which the readers of some edges see axes of their own."""
     seen: dict[fx.Node, dict[Ref, Ref]] = {}
+    said = {edge.reader: list(analysis.by_node.get(edge.reader, ())) for edge in edges}
     added: list[Relation] = []
+    heads = analysis.heads
     for edge in edges:
         seen.setdefault(edge.reader, {})[edge.stored] = edge.read
         # One number for all its members, or the index alone would not be enough.
         added += [Finer(edge.read, edge.stored), Refine(edge.stored, edge.own.keyed())]
+        if edge.source in heads.roots:
+            said[edge.reader] += heads.relations.get(edge.source, ())
+        if edge.stored in heads.summed and heads.summed[edge.stored].chosen.any():
+            added.append(Full(edge.read, "an index gives back what is stored, not sums of it"))
     changed = {
         id(relation): _renamed(relation, names)
         for reader, names in seen.items()
-        for relation in analysis.by_node.get(reader, ())
+        for relation in said[reader]
     }
     return [changed.get(id(r), r) for r in analysis.relations] + added
 
@@ -119,7 +125,8 @@ def _renamed(relation: Relation, names: dict[Ref, Ref]) -> Relation:
         case SameSize(refs, above):
             return SameSize(tuple(map(name, refs)), tuple(map(name, above)))
         case Move(out, sources, index):
-            return Move(out, tuple(tuple(map(name, source)) for source in sources), index)
+            named = tuple(tuple(map(name, source)) for source in sources)
+            return Move(tuple(map(name, out)), named, index)
 
 
 def expansions(

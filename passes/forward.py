@@ -272,10 +272,14 @@ class Analysis:
         for source in dict.fromkeys(reader.all_input_nodes):
             if not is_tensor(source) or self.is_constant(source):
                 continue
-            if source in self.heads.roots or source in self.heads.carriers:
+            if source in self.heads.carriers:
+                continue
+            cut = source in self.heads.roots  # into heads, by this reader
+            if cut and (reader not in self.heads.carriers or len(source.users) > 1):
                 continue
             for axis in self.value(source).tracked_axes:
-                own = self.own_colors(source, axis) if (source, axis) in named else None
+                read = axis == self.heads.roots[source] if cut else (source, axis) in named
+                own = self.own_colors(source, axis) if read else None
                 if own is not None:
                     edge = Edge(reader, source, axis, own)
                     self.inner(reader, edge.name, self.shape(source)[axis])
@@ -349,13 +353,15 @@ class Analysis:
             node.meta.get("val"), (torch.Tensor, tuple, list)
         ):
             return  # arithmetic on sizes
+        rule = find_rule(node)
         if node in self.heads.carriers:
             self._current = node
             self.relate(*self.heads.relations.get(node, ()))
             self.values[node] = flat_value(self, node) if is_tensor(node) else Value(())
             self._current = None
+            if self.separate and rule is not None and rule.expands(self, node):
+                self.offer(node)
             return
-        rule = find_rule(node)
         if rule is None:
             self.barrier(
                 node, "there is no rule for this op", "add a rule (CONTRIBUTING, 'add an op')"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from torch import fx
@@ -45,6 +46,15 @@ class Plan:
     relations: Sequence[Relation] = ()
     expansions: dict[tuple[fx.Node, fx.Node], list[Expansion]] = field(default_factory=dict)
     masses: dict[fx.Node, Floats] = field(default_factory=dict)
+
+    @cached_property
+    def indexed(self) -> frozenset[Ref]:
+        """Axes that are stored as they are, and expanded where they are read."""
+        return frozenset(
+            (source, expansion.axis)
+            for (_, source), found in self.expansions.items()
+            for expansion in found
+        )
 
     def layout(self, node: fx.Node, axis: int | str) -> Layout:
         """Slots of an axis; every node its own where no relation names it."""

@@ -72,7 +72,7 @@ class Rewriter:
         layout = self.layout(node, axis)
         average = layout.rows(self.plan.weights.get(node), self.plan.masses.get(node))
         summed = self.analysis.heads.summed.get((node, axis))
-        if summed is None or not summed.chosen.any():
+        if summed is None or not summed.chosen.any() or (node, axis) in self.plan.indexed:
             return average
         sums = layout.sums(summed.scales, summed.places)
         return Mixed(layout, sums, average, summed.chosen)
