@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -9,7 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxfib
+from fxfib.coloring import Factor
+from fxfib.errors import InputError, VerifyError
 from fxfib.passes import expansion
+
+from strategies import plant
 
 WIDE = torch.float64
 STEM, FIRST, SECOND = (0, 1, 0, 2, 1, 3, 4), (0, 0, 1, 1, 2, 2, 3), (0, 1, 2, 0, 1, 2, 0)
@@ -164,6 +169,108 @@ def test_odd_additions():
 
 
 class Heads(nn.Module):
+    """Queries and keys that are sorted along the head: no head can shrink."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        fibers = (0, 1, 0, 2, 1, 3, 0, 2, 4, 4, 1, 3)
+        self.q = planted(nn.Linear(11, 12, dtype=WIDE), fibers)
+        self.k = nn.Linear(11, 12, dtype=WIDE)
+        self.out = nn.Linear(12, 3, dtype=WIDE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x).reshape(*x.shape[:2], 3, 4).sort(-1).values
+        k = self.k(x).reshape(*x.shape[:2], 3, 4)
+        return self.out((q * k).flatten(2))
+
+
+def test_heads_that_cannot_shrink_are_stored_small():
+    model = Heads().eval()
+    x = torch.randn(2, 5, 11, dtype=WIDE, generator=torch.Generator().manual_seed(6))
+    assert len(fxfib.compile(model, 0.0, (x,)).get_parameter("q.weight")) == 12
+    small = fxfib.compile(model, 0.0, (x,), residual="index")
+    assert len(small.get_parameter("q.weight")) == 5
+    assert torch.allclose(small(x), model(x), rtol=1e-12, atol=1e-12)
+    # Sequence and batch stay free.
+    x = torch.randn(3, 5, 11, dtype=WIDE)
+    assert torch.allclose(small(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+def test_an_unknown_op_gets_all_nodes():
+    class Unknown(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(7)
+            self.up = planted(nn.Linear(3, 7, dtype=WIDE), STEM)
+            self.down = nn.Linear(7, 3, dtype=WIDE)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(F.relu(self.up(x)).sort(-1).values)
+
+    model, x = Unknown().eval(), torch.randn(4, 3, dtype=WIDE)
+    small = fxfib.compile(model, 0.0, (x,), residual="index")
+    assert len(small.get_parameter("up.weight")) == 5
+    assert torch.allclose(small(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("eps", [0.05, 0.3])
+def test_members_of_a_stored_slot_are_within_eps(eps):
+    """At a precision of its own every value is as coarse as its own rows allow, and no coarser."""
+    from fxfib.api import shrink
+    from fxfib.capture import capture
+
+    torch.manual_seed(8)
+    model = Residual().eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    captured = capture(model, (images(),))
+    plan, _ = shrink(captured.graph_module, eps, residual="index")
+    assert plan.expansions or eps < 0.1
+    for edge in plan.analysis.edges:
+        labels = edge.own.keyed()
+        slot = plan.layout(*edge.stored).slot
+        for members in (np.flatnonzero(slot == s) for s in range(slot.max() + 1)):
+            assert len(np.unique(labels[members])) <= 1 or edge.read not in plan.layouts
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_networks(seed):
+    """Nothing but the bookkeeping may change: the oracle in float64 is inside compile."""
+    network = plant(seed)
+    joint = fxfib.compile(network.wide, 0.0, network.inputs).fibration
+    small = fxfib.compile(network.wide, 0.0, network.inputs, residual="index").fibration
+    assert small.parameters_after <= joint.parameters_after
+    assert small.exact_error <= 1e-9
+
+
+def test_wrong_versions_are_caught(monkeypatch):
+    from fxfib.passes import plan
+
+    model, right = Residual().eval(), plan.expansions
+
+    def rolled(edges, layouts):
+        return {
+            key: [expansion.Expansion(e.axis, np.roll(e.index, 1), e.read) for e in found]
+            for key, found in right(edges, layouts).items()
+        }
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plan, "expansions", rolled)
+        with pytest.raises(VerifyError):
+            fxfib.compile(model, 0.0, (images(),), residual="index")
+    with monkeypatch.context() as patch:
+        patch.setattr(Factor, "keyed", lambda self: np.zeros(len(self.labels), np.int64))
+        with pytest.raises(VerifyError):
+            fxfib.compile(model, 0.0, (images(),), residual="index")
+
+
+def test_unknown_forms_are_refused():
+    with pytest.raises(InputError, match="residual"):
+        fxfib.compile(Residual().eval(), 0.0, (images(),), residual="gather")
+
+
+class UnevenHeads(nn.Module):
     """Half of the channels of three heads are copies; the fourth head has none, so all stay."""
 
     def __init__(self, width: int, *, packed: bool = False, turned: bool = False) -> None:
@@ -204,8 +311,8 @@ def layer_widths(model: nn.Module) -> list[int]:
 
 
 @pytest.mark.parametrize("packed, turned", [(False, False), (True, False), (False, True)])
-def test_heads_that_cannot_shrink_are_stored_small(packed: bool, turned: bool) -> None:
-    model = Heads(24, packed=packed, turned=turned).eval()
+def test_heads_of_uneven_sizes_are_stored_small(packed: bool, turned: bool) -> None:
+    model = UnevenHeads(24, packed=packed, turned=turned).eval()
     joint = fxfib.compile(model, 0.0, (tokens(24),))
     assert layer_widths(joint) == layer_widths(model)
     small = fxfib.compile(model, 0.0, (tokens(24),), residual="index")
@@ -217,7 +324,7 @@ def test_heads_that_cannot_shrink_are_stored_small(packed: bool, turned: bool) -
 
 
 def test_a_near_miss_in_a_head_is_stored_apart() -> None:
-    model = Heads(24).eval()
+    model = UnevenHeads(24).eval()
     with torch.no_grad():
         model.made[0].weight[5, 2] += 1e-6
     small = fxfib.compile(model, 0.0, (tokens(24),), residual="index")
@@ -225,7 +332,7 @@ def test_a_near_miss_in_a_head_is_stored_apart() -> None:
 
 
 def test_heads_that_shrink_need_no_index() -> None:
-    model = Heads(24).eval()
+    model = UnevenHeads(24).eval()
     with torch.no_grad():
         for layer in model.made:
             for tensor in layer.parameters():
@@ -237,6 +344,6 @@ def test_heads_that_shrink_need_no_index() -> None:
 
 @pytest.mark.parametrize("width, chosen", [(24, False), (256, True)])
 def test_the_cost_model_chooses_for_heads(width: int, chosen: bool) -> None:
-    model = Heads(width).eval()
+    model = UnevenHeads(width).eval()
     small = fxfib.compile(model, 0.0, (tokens(width, 50),), residual="auto")
     assert (layer_widths(small)[0] < width) == chosen
