@@ -20,7 +20,7 @@ from fxfib.onnx_check import first_line, verify_in_onnx_runtime
 from fxfib.onnx_flat import FlatModule
 from fxfib.onnx_recurrent import TRANSLATIONS
 from fxfib.passes.verify import Difference
-from fxfib.recurrent_shapes import shapes_of_recurrent_layers
+from fxfib.recurrent_shapes import no_loops, shapes_of_recurrent_layers
 from fxfib.refusals import preserved, refuse_unsupported, unwrap
 
 OLDEST_OPSET = 18
@@ -208,7 +208,11 @@ def _export(
             if sizes is None or (sizes and not verify):
                 continue
             # All recurrent layers are translated whole, so shapes will do here too.
-            with shapes_of_recurrent_layers(), contextlib.redirect_stdout(io.StringIO()):
+            with (
+                shapes_of_recurrent_layers(),
+                no_loops(),
+                contextlib.redirect_stdout(io.StringIO()),
+            ):
                 exported = torch.onnx.export(
                     program,
                     dynamo=True,

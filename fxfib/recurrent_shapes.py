@@ -36,6 +36,23 @@ def _forget_loops() -> None:
 
 
 @contextlib.contextmanager
+def no_loops() -> Iterator[None]:
+    """Keep the ONNX exporter from tracing these layers as loops where sizes are free.
+
+    A loop wants states that lie in memory as those of the next step do, and refuses others, such
+    as a learned state that is expanded over the batch.
+    """
+    from torch.onnx._internal.exporter import _capture_strategies
+
+    name = "patch_dynamic_shape_rnn_decompositions"
+    if not hasattr(_capture_strategies, name):  # before torch had them
+        yield
+        return
+    with mock.patch.object(_capture_strategies, name, contextlib.nullcontext):
+        yield
+
+
+@contextlib.contextmanager
 def shapes_of_recurrent_layers() -> Iterator[None]:
     """While a model is exported: a recurrent layer of any number of steps costs one.
 

@@ -132,6 +132,30 @@ def test_onnx_holds_one_lstm_node_of_the_small_size(tmp_path: Path) -> None:
     assert hidden == 8
 
 
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_learned_states_are_exported_with_free_sizes(kind: str, tmp_path: Path) -> None:
+    class Learned(nn.Module):
+        """Starts from parameters, the same for every example."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = KINDS[kind][0](6, 8, 2, batch_first=True)  # type: ignore[arg-type]
+            self.start = nn.Parameter(torch.randn(2, 1, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            start = self.start.expand(-1, x.shape[0], -1).contiguous()
+            found: Tensor = self.layer(x, (start, start) if kind == "lstm" else start)[0]
+            return found
+
+    torch.manual_seed(6)
+    x, auto = INPUT.float(), torch.export.Dim.AUTO
+    small = fxfib.compile(Learned().eval(), 0.0, (x,), dynamic_shapes={"x": {1: auto}})
+    report = fxfib.export_onnx(small, tmp_path / "small.onnx", (x,))
+    assert report.dynamic_axes == ("x[0]", "x[1]")
+    nodes = [node.op_type for node in onnx.load(tmp_path / "small.onnx").graph.node]
+    assert nodes.count(kind.upper()) == 2
+
+
 def test_nearly_equal_nodes_merge_within_eps_only() -> None:
     torch.manual_seed(6)
     model = Reader(nn.LSTM).double().eval()
