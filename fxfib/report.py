@@ -27,6 +27,8 @@ class Group:
         unread: nodes dropped because nothing reads them.
         reason: why the group keeps its full width, if it does.
         expanded: the width that an index brings the nodes to where they are read; 0: none does.
+        apart: fibers' nodes that do not merge because heads of one attention, directions of one
+            recurrent layer, or the like have one size.
     """
 
     members: tuple[str, ...]
@@ -38,6 +40,7 @@ class Group:
     unread: int
     reason: str = ""
     expanded: int = 0
+    apart: int = 0
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,7 @@ class Report:
             lines += ["", *_table(shown)]
         elif not self.groups:
             lines += ["", "  no layer whose nodes could merge was found"]
-        else:
+        elif not any(g.apart for g in self.groups):
             lines += ["", "  no fibers: every node computes an activation of its own"]
         indexed = [g for g in self.groups if g.expanded]
         if indexed:
@@ -162,6 +165,12 @@ class Report:
                 lines.append(f"    {_names(g.members)}: {g.fibers} stored, {g.expanded} read")
             if len(indexed) > 8:
                 lines.append(f"    ... and {len(indexed) - 8} more (to_dict() has them all)")
+        apart = [g for g in self.groups if g.apart]
+        if apart:
+            lines += ["", f"  kept apart, for one size of heads or directions: {len(apart)} groups"]
+            lines += [f"    {_names(g.members)}: {g.apart} nodes of fibers" for g in apart[:8]]
+            if len(apart) > 8:
+                lines.append(f"    ... and {len(apart) - 8} more (to_dict() has them all)")
         kept = [g for g in self.groups if g.reason]
         if kept:
             lines += ["", f"  kept at full width: {len(kept)} of {len(self.groups)} groups"]

@@ -86,6 +86,7 @@ def groups_of(plan: Plan) -> tuple[Group, ...]:
                 unread=dropped - constant,
                 reason=reasons.get(root, ""),
                 expanded=expanded.get(root, 0),
+                apart=max(plan.apart.get(ref, 0) for _, ref in layers),
             )
         )
     return tuple(groups)

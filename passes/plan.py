@@ -35,6 +35,7 @@ class Plan:
             as the embedding needs it (columns averaged), and these layers count what they read.
         relations: what the layouts obey.
         expansions: by reader and source, where an index expands what is read.
+        apart: slots of an axis that are there only because other axes must have its size.
         masses: for a node, how much each member counts in the average of its slot; missing: alike.
     """
 
@@ -46,6 +47,7 @@ class Plan:
     relations: Sequence[Relation] = ()
     expansions: dict[tuple[fx.Node, fx.Node], list[Expansion]] = field(default_factory=dict)
     masses: dict[fx.Node, Floats] = field(default_factory=dict)
+    apart: dict[Ref, int] = field(default_factory=dict)
 
     @cached_property
     def indexed(self) -> frozenset[Ref]:
@@ -99,6 +101,7 @@ def make_plan(analysis: Analysis, round_to: int | None = None, residual: str = "
             relations,
             expansions(edges, layouts),
             masses(analysis, weights),
+            solver.apart,
         )
 
     return choose(analysis, residual, solve)

@@ -47,6 +47,7 @@ class Solver:
         self.ids: dict[Ref, Labels] = {}
         self.keep: dict[Ref, Mask] = {}
         self.reasons: dict[Ref, str] = {}
+        self.apart: dict[Ref, int] = {}
         self._of: dict[Ref, list[Relation]] = {}
         self._occurrence: dict[int, Labels] = {}
         for relation in self.relations:
@@ -73,7 +74,9 @@ class Solver:
             queue: deque[Relation] = deque()
             self._keep(emptied[0], _only(len(self.keep[emptied[0]]), 0), queue)
             self._settle(queue)
-        self._equalize()
+        alone = {ref: self.classes(ref) for ref in self.ids} if self.equal else {}
+        if self._equalize():
+            self.apart = {ref: more for ref in alone if (more := self.classes(ref) - alone[ref])}
         if round_to is not None and round_to > 1:
             # Each makes widths grow only, so they come to an end.
             while self._round(round_to) and self._equalize():

@@ -221,3 +221,16 @@ def test_a_packed_weight_goes_when_one_of_its_parts_shrinks() -> None:
         (24, 12),
     ]
     torch.testing.assert_close(small(*inputs), model(*inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_the_report_says_why_fibers_of_one_head_stay() -> None:
+    model = planted([(0, 3)], fused=True)
+    with torch.no_grad():
+        for layer in (model.k, model.v):
+            layer.weight.normal_()
+    report = fxfib.compile(model, 0.0, (torch.randn(2, 5, WIDTH),)).fibration
+    assert report.parameters_after == report.parameters_before
+    assert [g.apart for g in report.groups if "q" in g.members] == [1]
+    text = str(report)
+    assert "one size of heads" in text and "no fibers" not in text
+    assert type(report).from_dict(report.to_dict()) == report
