@@ -102,8 +102,8 @@ def capture(
                 raise CaptureError(
                     f"{type(model).__name__} cannot be captured for free sizes: with others than "
                     f"the example's ({', '.join(map(str, sizes_tried.values()))}) the graph does "
-                    f"not compute what the model computes ({found}). Sizes that always agree, as the "
-                    "lengths of keys and values, need one torch.export.Dim for both."
+                    f"not compute what the model computes ({found}). Sizes that always agree, as "
+                    "the lengths of keys and values, need one torch.export.Dim for both."
                 )
     return Captured(
         graph_module=graph_module,
