@@ -206,7 +206,9 @@ def _errors(run: Run, analysis: Colored) -> Measured:
 
 def _propagated(run: Run) -> Measured:
     count, worst = 0, 0.0
-    true = {n: error_of(run.values[n]) for n in run.errors if n in run.values}
+    # Autograd has no errors of what is made from no input and no parameter, such as first states.
+    tracked = [n for n in run.errors if n in run.values and run.values[n].requires_grad]
+    true = {n: error_of(run.values[n]) for n in tracked}
     largest = max((float(t.abs().max()) for t in true.values() if t.numel()), default=0.0)
     for node, expected in true.items():
         if node in run.continued.added or not expected.numel() or not largest:

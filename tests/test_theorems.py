@@ -166,3 +166,23 @@ def test_behind_an_activation_nothing_is_claimed_the_other_way() -> None:
     found = fxfib.check(pair(), torch.randn(7, 3, dtype=torch.float64), squares)
     assert found["Eq. 4, only if"].compared == 3  # the first layer, before any activation
     assert all(law.equation != "Eq. 6, only if" for law in found.laws)
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+@pytest.mark.parametrize("last", [False, True])
+def test_errors_of_recurrent_layers_are_autograds(kind: type[nn.RNNBase], last: bool) -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cells, self.head = kind(4, 5, 2, batch_first=True), nn.Linear(5, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            steps, state = self.cells(x)
+            ends = state[0] if isinstance(state, tuple) else state
+            found: torch.Tensor = self.head(ends[-1] if last else steps.mean(1))
+            return found
+
+    torch.manual_seed(0)
+    found = fxfib.check(Reader(), (torch.randn(6, 3, 4),), lambda y: y.square().sum())
+    (law,) = [law for law in found.laws if law.equation == "Eq. 2"]
+    assert law.compared and law.holds
