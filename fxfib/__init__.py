@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # what `__getattr__` below loads, for editors and type checke
     from fxfib.report import Report
     from fxfib.retuning import finetune, retune
     from fxfib.serialize import load, save
-    from fxfib.synchrony import Synchrony, synchrony
+    from fxfib.synchronized import Synchrony, synchrony
     from fxfib.theorems import Theorems, check
     from fxfib.tuning import tune
     from fxfib.widths import Widths, measure_widths
@@ -41,8 +41,8 @@ _HOME = {
     "ShrinkAndPerturb": "fxfib.baselines",
     "SymmetryBreaker": "fxfib.breaking",
     "Monitor": "fxfib.monitor",
-    "Synchrony": "fxfib.synchrony",
-    "synchrony": "fxfib.synchrony",
+    "Synchrony": "fxfib.synchronized",
+    "synchrony": "fxfib.synchronized",
     "Theorems": "fxfib.theorems",
     "Benchmark": "fxfib.benchmarking",
     "benchmark": "fxfib.benchmarking",
@@ -105,7 +105,7 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'fxfib' has no attribute {name!r}")
     value = getattr(import_module(_HOME.get(name, "fxfib.errors")), name)
-    globals()[name] = value  # found at once next time, and wins over a sub-module of the same name
+    globals()[name] = value  # found at once next time
     return value
 
 

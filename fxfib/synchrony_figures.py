@@ -12,7 +12,7 @@ from fxfib.errors import InputError
 from fxfib.history_figures import safe
 
 if TYPE_CHECKING:
-    from fxfib.synchrony import Synchrony
+    from fxfib.synchronized import Synchrony
 
 
 def figure(found: Synchrony, layer: str | None, classes: Sequence[int] | None) -> Any:

@@ -7,6 +7,7 @@ import sys
 import tomllib
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -132,3 +133,11 @@ def test_exactly_one_onnxruntime_on_every_platform() -> None:
             line.name for line in runtimes if line.marker and line.marker.evaluate(environment)
         ]
         assert chosen == [expected]
+
+
+def test_no_public_function_has_the_name_of_a_module() -> None:
+    """Importing the module would put it in the function's place."""
+    folder = Path(fxfib.__file__).parent
+    modules = {path.stem for path in folder.glob("*.py")}
+    functions = {name for name in fxfib.__all__ if not isinstance(getattr(fxfib, name), ModuleType)}
+    assert not functions & modules
