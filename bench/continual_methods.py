@@ -61,10 +61,12 @@ OPTIONS: dict[str, list[Options]] = {
         {"shrink": s, "perturb": p}
         for s, p in ((1e-5, 1e-4), (1e-5, 1e-3), (1e-4, 1e-3), (1e-4, 1e-4))
     ],
-    "backprop": [{"replacement_rate": rate} for rate in (3e-4, 3e-5, 1e-4, 1e-3)],
+    "backprop": [{"replacement_rate": rate} for rate in (3e-4, 3e-5, 1e-4, 1e-3, 3e-3, 1e-2)],
     "breaking": [
         {"criterion": "energy", "every": 50, "examples": 256, "replacement_rate": rate, "eps": eps}
-        for rate, eps in ((1e-2, 1e-3), (1e-2, 1e-4), (1e-2, 3e-3), (1e-3, 1e-3))
+        for rate, eps in (
+            (1e-2, 1e-3), (1e-2, 1e-4), (1e-2, 3e-3), (1e-3, 1e-3), (3e-3, 1e-3), (3e-3, 1e-4),
+        )
     ],
     "covers": [
         {"criterion": "cosine", "replacement_rate": rate, "eps": eps, "opfiber_eps": other}

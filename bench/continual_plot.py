@@ -53,8 +53,12 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                 middles, [min(own) for own in seeds], [max(own) for own in seeds], alpha=0.2
             )
         panel.set(title=title, xlabel="task")
-    count = len({row["seed"] for row in rows})
-    axes[0][0].legend(title=f"mean of {count} seeds, lowest to highest")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    # Options are long names: below the panels they hide nothing.
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(
+        handles, names, title="mean of the seeds, lowest to highest",
+        loc="upper left", bbox_to_anchor=(0.02, 0.0), ncols=2,
+    )  # fmt: skip
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     pyplot.close(figure)
