@@ -23,7 +23,6 @@ pass over the training data with labels.  Torch-Pruning's networks are only trai
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import statistics
 import sys
@@ -35,9 +34,8 @@ from typing import Any
 import torch
 from accuracy_methods import OTHERS, PRUNERS, count, made
 from accuracy_networks import CASES, macs, trained
+from tables import read, write
 from tqdm import tqdm
-
-from fxfib.files import move_into_place, staging_folder
 
 FRACTIONS = (0.9, 0.7, 0.5, 0.3, 0.17, 0.1, 0.05, 0.025)
 KINDS = ("none", "noise", "noise-refined", "images", "refined", "trained")
@@ -63,24 +61,6 @@ def plan(fractions: tuple[float, ...]) -> Iterator[tuple[str, str, float]]:
 def key(row: dict[str, Any]) -> tuple[str, ...]:
     """What makes a row one of its kind."""
     return tuple(str(row[name]) for name in ("network", "seed", "method", "compensation", "target"))
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """Rows that are there."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """All rows, whole at any moment."""
-    with staging_folder(path) as folder:
-        with (folder / path.name).open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
-        move_into_place(folder / path.name, path)
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
@@ -192,7 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
             "original": round(originals[seed], 3), "seconds": round(seconds, 2),
             "torch": torch.__version__,
         })  # fmt: skip
-        write(options.output, rows)
+        write(options.output, rows, COLUMNS)
     print(summary([r for r in rows if r["network"] == options.network]))
     return 0
 

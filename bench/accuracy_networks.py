@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cifar10
 import torch
-from residual_networks import CifarResNet
+from residual_networks import given_resnet
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from fxfib.files import move_into_place, staging_folder
 
 HIDDEN, LAYERS = 500, 3
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Split = tuple[Tensor, Tensor]
 AT_ONCE = 500
 
@@ -87,15 +86,6 @@ def convolutional() -> nn.Sequential:
     )  # fmt: skip
 
 
-def given_resnet(root: Path, blocks: int, pattern: str) -> nn.Module:
-    """A CIFAR-10 network with its published weights."""
-    (file,) = (root / "checkpoints").glob(pattern)
-    state = torch.load(file, weights_only=True, map_location="cpu")["state_dict"]
-    model = CifarResNet(blocks)
-    model.load_state_dict({name.removeprefix("module."): t for name, t in state.items()})
-    return model
-
-
 def mnist(root: Path, shape: tuple[int, ...]) -> Data:
     """Pixels in [0, 1], not normalised."""
     from torchvision.datasets import MNIST
@@ -107,32 +97,11 @@ def mnist(root: Path, shape: tuple[int, ...]) -> Data:
 
 def cifar(root: Path, train: int, test: int) -> Data:
     """So many images a class of either split, the first by name."""
-    splits = [_pictures(root / "cifar10-jpeg" / f"{name}.tar.gz", count)
-              for name, count in (("train", train), ("test", test))]  # fmt: skip
+    splits = []
+    for of_training, count in ((True, train), (False, test)):
+        images, labels = cifar10.pictures(root, of_training, count)
+        splits.append((cifar10.normalized(images), labels))
     return Data(*splits)
-
-
-def _pictures(path: Path, per_class: int) -> Split:
-    import io
-
-    from PIL import Image
-    from torchvision.transforms.functional import normalize, to_tensor
-
-    images, labels = [], []
-    with tarfile.open(path) as archive:
-        members = [m for m in archive.getmembers() if m.isfile() and "/" in m.name]
-        folders: dict[str, list[tarfile.TarInfo]] = {}
-        for member in sorted(members, key=lambda m: m.name):
-            if member.name.endswith((".jpg", ".jpeg", ".png")):
-                folders.setdefault(member.name.split("/")[-2], []).append(member)
-        for label, folder in enumerate(sorted(folders)):
-            for member in folders[folder][:per_class]:
-                file = archive.extractfile(member)
-                assert file is not None
-                picture = Image.open(io.BytesIO(file.read())).convert("RGB")
-                images.append(normalize(to_tensor(picture), MEAN, DEVIATION))
-                labels.append(label)
-    return torch.stack(images), torch.tensor(labels)
 
 
 # Per class: 300 training images to draw calibration from, 200 test images.

@@ -27,19 +27,18 @@ again; a run that was interrupted goes on at its last checkpoint.
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import os
 import statistics
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from continual_methods import METHODS, OPTIONS, name_of
 from continual_tasks import SETTINGS, Setting, Task
+from tables import Row, read, write
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -51,7 +50,6 @@ COLUMNS = (
     "covered", "rank", "weight", "replaced", "seconds", "own_seconds", "torch",
 )  # fmt: skip
 TUNING_SEEDS = range(1000, 1001)
-Row = dict[str, Any]
 
 
 class Run:
@@ -170,24 +168,6 @@ def covered(model: nn.Module, images: Tensor) -> int:
     return sum(len(labels) - int(labels.max()) - 1 for labels in list(found)[:-1])
 
 
-def read(path: Path) -> list[Row]:
-    """Rows that are there."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def write(path: Path, rows: Iterable[Row]) -> None:
-    """All rows, whole at any moment."""
-    with staging_folder(path) as folder:
-        with (folder / path.name).open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
-        move_into_place(folder / path.name, path)
-
-
 def kind(row: Row) -> tuple[str, str, int]:
     """What makes a run one of its kind."""
     return row["method"], row["options"], int(row["seed"])
@@ -225,7 +205,7 @@ def perform(
             if time.monotonic() - saved > every or len(run.rows) == tasks or over:
                 run.save(checkpoint)
                 runs[key] = [{"setting": name, **r} for r in run.rows]
-                write(path, [r for own in runs.values() for r in own])
+                write(path, [r for own in runs.values() for r in own], COLUMNS)
                 saved = time.monotonic()
             if over:
                 break

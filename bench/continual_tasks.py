@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import itertools
-import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cifar10
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 PER_CLASS = 5000  # what CIFAR-10 has
 
@@ -133,33 +131,16 @@ class ClassPairs:
 
 
 def cifar(root: str, sizes: tuple[int, int] = (600, 100)) -> ClassPairs:
-    """CIFAR-10: torchvision's own files, or `cifar10-jpeg/{train,test}.tar.gz`."""
-    parts = [_cifar_split(Path(root), train) for train in (True, False)]
+    """Pairs of the classes of CIFAR-10."""
+    parts: list[list[Tensor]] = []
+    for train in (True, False):
+        images, labels = cifar10.pictures(Path(root), train)
+        parts.append([images[labels == c].float() / 255 for c in range(int(labels.max()) + 1)])
     classes = len(parts[0])
     return ClassPairs(parts[0].__getitem__, parts[1].__getitem__, classes, sizes)
 
 
-def _cifar_split(root: Path, train: bool) -> list[Tensor]:
-    archive = root / "cifar10-jpeg" / ("train.tar.gz" if train else "test.tar.gz")
-    if not archive.exists():
-        from torchvision.datasets import CIFAR10
-
-        data = CIFAR10(root, train=train)
-        images = torch.from_numpy(data.data).permute(0, 3, 1, 2).float() / 255
-        labels = torch.tensor(data.targets)
-        return [images[labels == label] for label in range(10)]
-    found: dict[str, list[Tensor]] = {}
-    with tarfile.open(archive) as file:
-        for member in tqdm(file, desc=archive.name, leave=False):
-            if member.isfile() and member.name.endswith(".jpg"):
-                picture = file.extractfile(member)
-                assert picture is not None
-                name = member.name.split("/")[-2]
-                found.setdefault(name, []).append(_pixels(io.BytesIO(picture.read())))
-    return [torch.stack(found[name]).float() / 255 for name in sorted(found)]
-
-
-def _pixels(source: Any) -> Tensor:
+def _pixels(source: Path) -> Tensor:
     import numpy as np
     from PIL import Image
 

@@ -13,20 +13,18 @@ images choose nothing.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
+from tables import Row, read, write
 from torch import nn
 from tqdm import tqdm
 from trained import NETWORKS, PASSES, Images, images, keep, kept, steps_of, training, untrained
 
 import fxfib
-from fxfib.files import move_into_place, staging_folder
 from fxfib.history import COLUMNS as SEEN
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -41,8 +39,6 @@ PUBLISHED = {
     0.08: 67.22, 0.05: 55.89, 0.03: 53.72,
 }  # fmt: skip
 PUBLISHED_END = 96.78
-
-Row = dict[str, Any]
 
 
 def watched(network: str, seed: int, data: Images, cache: Path) -> list[Row]:
@@ -92,26 +88,6 @@ def compressed(network: str, seed: int, data: Images, cache: Path) -> list[Row]:
             "original": f"{original:.2f}", "torch": torch.__version__,
         })  # fmt: skip
     return rows
-
-
-def read(path: Path) -> list[Row]:
-    """The rows that are there."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def write(path: Path, rows: list[Row], columns: tuple[str, ...]) -> None:
-    """All rows; the file is whole at any moment."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with staging_folder(path) as folder:
-        staged = folder / path.name
-        with staged.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        move_into_place(staged, path)
 
 
 def spread(rows: list[Row], column: str) -> tuple[list[int], list[float], list[float], list[float]]:

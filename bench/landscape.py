@@ -29,13 +29,12 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from emergence import read, write
 from landscape_path import corners
+from tables import Row, read, write
 from torch import Tensor, nn
 from tqdm import tqdm
 from trained import Images, images, training
@@ -51,8 +50,6 @@ LIFTS = ("seed", "network", "parent", "nodes", "parameters", "loss", "difference
 PATHS = ("seed", "kind", "one", "other", "t", "loss", "excess", "torch")
 KINDS = ("same fibers", "same parent", "same base", "same base, in order",
          "same base, corner by corner")  # fmt: skip
-
-Row = dict[str, Any]
 
 
 def base_of(seed: int, data: Images) -> nn.Sequential:

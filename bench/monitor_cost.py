@@ -19,10 +19,9 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
-from emergence import read, write
+from tables import Row, read, write
 from torch import nn
 from tqdm import tqdm
 from trained import NETWORKS, Images, images, training, untrained
@@ -35,7 +34,6 @@ COLUMNS = (
     "ratio_cpu", "looks", "look_s", "share", "preparation_s", "machine", "torch",
 )  # fmt: skip
 
-Row = dict[str, Any]
 Seconds = tuple[float, float]
 
 

@@ -8,7 +8,6 @@ bench/results/page.csv.
 """
 
 import argparse
-import csv
 import itertools
 import re
 import shutil
@@ -20,6 +19,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from tables import read, write
 
 RESULTS = Path(__file__).resolve().parent / "results" / "page.csv"
 NAMES = ("mlp", "resnet50", "thousand_layers")
@@ -114,15 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("no Chromium or Chrome on PATH", file=sys.stderr)
         return 1
     rows = [measure(name, browser, options.opens) for name in options.models or NAMES]
-    temporary = options.output.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            short = {k: f"{v:.3g}" if isinstance(v, float) else v for k, v in row.items()}
-            writer.writerow(short)
-            print(", ".join(f"{key} {value}" for key, value in short.items()))
-    temporary.replace(options.output)
+    write(options.output, rows, COLUMNS, digits=3)
+    for row in read(options.output):
+        print(", ".join(f"{key} {value}" for key, value in row.items()))
     return 0
 
 

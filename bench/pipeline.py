@@ -20,7 +20,6 @@ bench/results/pipeline.csv.  ``bert`` needs ``transformers``.
 
 import argparse
 import collections
-import csv
 import hashlib
 import os
 import re
@@ -30,6 +29,8 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from tables import Row, read, write
 
 RESULTS = Path(__file__).resolve().parent / "results" / "pipeline.csv"
 COLUMNS = (
@@ -161,7 +162,7 @@ class Subject:
             try:
                 (held if test() else failures).append(what)
             except Exception as error:  # a row says what failed; the rest goes on
-                line = str(error).splitlines()[0][:160]
+                line = (str(error).splitlines() or [""])[0][:160]
                 failures.append(f"{what}: {type(error).__name__}: {line}")
 
         with tempfile.TemporaryDirectory() as folder:
@@ -324,24 +325,14 @@ def _onnx_checks(
     check("ONNX Runtime's highest optimization level", optimized)
 
 
-def earlier(path: Path) -> list[dict[str, Any]]:
-    """Rows that the CSV holds; none where there is no CSV."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """All rows, in the order of networks and steps, in one step."""
-    rows.sort(key=lambda row: (NAMES.index(row["model"]), STEPS.index(row["step"])))
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
-    temporary.replace(path)
+def save(path: Path, rows: list[Row]) -> None:
+    """All rows, in the order of networks and steps."""
+    write(
+        path,
+        sorted(rows, key=lambda row: (NAMES.index(row["model"]), STEPS.index(row["step"]))),
+        COLUMNS,
+        digits=5,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -360,10 +351,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         subject = Subject(name)
         for step in options.steps:
             found = subject.rows(step)
-            kept = [r for r in earlier(options.output) if (r["model"], r["step"]) != (name, step)]
-            write(options.output, kept + found)
+            kept = [r for r in read(options.output) if (r["model"], r["step"]) != (name, step)]
+            save(options.output, kept + found)
         return 0
-    done = {(row["model"], row["step"]) for row in earlier(options.output)}
+    done = {(row["model"], row["step"]) for row in read(options.output)}
     failed = 0
     for name in options.models or NAMES:
         steps = [s for s in options.steps if options.again or (name, s) not in done]
@@ -373,7 +364,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(name, flush=True)
         command += ["--output", str(options.output), "--steps", *steps]
         failed += subprocess.run(command).returncode != 0
-    for row in earlier(options.output):
+    for row in read(options.output):
         times = (
             f"{row['original_ms']} -> {row['small_ms']} ms, ratio {row['ratio']}, "
             f"of the shortest times {row['best_ratio']}"

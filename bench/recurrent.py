@@ -13,7 +13,6 @@ Test images choose nothing.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import platform
 import sys
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tables import read, write
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -197,10 +197,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     done: dict[str, list[dict[str, Any]]] = {}
-    if options.output.exists():
-        with options.output.open(newline="") as file:
-            for row in csv.DictReader(file):
-                done.setdefault(row["network"], []).append(row)
+    for row in read(options.output):
+        done.setdefault(row["network"], []).append(row)
     try:
         train, test = images()
     except (OSError, RuntimeError) as error:
@@ -208,13 +206,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     for name in options.networks or [name for name in NETWORKS if name not in done]:
         done[name] = rows_of(name, trained(name, train, options.passes), test, options.passes)
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        part = options.output.with_suffix(".part")
-        with part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(row for key in NETWORKS if key in done for row in done[key])
-        part.replace(options.output)
+        rows = [row for key in NETWORKS if key in done for row in done[key]]
+        write(options.output, rows, COLUMNS)
     recovered = [row for rows in done.values() for row in rows if row["model"] == "lifted"]
     good = sum(str(row["recovered"]) == "True" for row in recovered)
     print(f"recovered after a lift: {good} of {len(recovered)}")

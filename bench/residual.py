@@ -11,7 +11,6 @@ block; ``tiny_vit`` is trained on MNIST here, in one pass.
 """
 
 import argparse
-import csv
 import platform
 import statistics
 import sys
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 from residual_networks import MODELS, Data
+from tables import read, write
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -99,13 +99,6 @@ def measure(name: str, model: nn.Module, example: Tensor, data: Data, eps: float
     return rows
 
 
-def earlier(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what is not in the CSV yet; what is named is measured again."""
     parser = argparse.ArgumentParser(description="residual streams: one layout or an index")
@@ -116,13 +109,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import onnxruntime
 
     import fxfib
-    from fxfib.files import move_into_place, staging_folder
 
     machine = {
         "machine": platform.machine(), "torch": torch.__version__,
         "onnxruntime": onnxruntime.__version__, "fxfib": fxfib.__version__,
     }  # fmt: skip
-    kept = earlier(options.output)
+    kept = read(options.output)
     done = set() if options.models else {(r["model"], float(r["eps"])) for r in kept}
     names = options.models or list(MODELS)
     work = [(n, e) for n in names for e in options.eps or MODELS[n][1] if (n, e) not in done]
@@ -132,12 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             built = (name, MODELS[name][0]())
         rows = [row | machine for row in measure(name, *built[1], eps)]
         kept = [r for r in kept if (r["model"], float(r["eps"])) != (name, eps)] + rows
-        with staging_folder(options.output) as folder:
-            with (folder / "rows.csv").open("w", newline="") as file:
-                writer = csv.DictWriter(file, list(rows[0]))
-                writer.writeheader()
-                writer.writerows(kept)
-            move_into_place(folder / "rows.csv", options.output)
+        write(options.output, kept, list(rows[0]))
         for row in rows:
             tqdm.write(
                 f"{name} eps {eps:g} {row['form']}: {row['parameters']:,} parameters, "

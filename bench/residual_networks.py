@@ -1,11 +1,10 @@
 """The networks of bench/residual.py, with their images."""
 
-import io
 import os
-import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import cifar10
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -73,33 +72,20 @@ def data_folder() -> Path:
     return Path(value)
 
 
-def cifar(per_class: int = PER_CLASS) -> tuple[Tensor, Tensor]:
-    """The first test images of every class, as the checkpoints want them; read from the archive."""
-    from PIL import Image
-    from torchvision.transforms.functional import normalize, to_tensor
-
-    mean, deviation = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    images, labels, classes = [], [], {}
-    with tarfile.open(data_folder() / "cifar10-jpeg" / "test.tar.gz") as archive:
-        for member in sorted(archive.getmembers(), key=lambda m: m.name):
-            if not member.isfile() or not member.name.endswith(".jpg"):
-                continue
-            label = classes.setdefault(member.name.split("/")[-2], len(classes))
-            if labels.count(label) < per_class:
-                file = archive.extractfile(member)
-                assert file is not None
-                picture = Image.open(io.BytesIO(file.read())).convert("RGB")
-                images.append(normalize(to_tensor(picture), mean, deviation))
-                labels.append(label)
-    return torch.stack(images), torch.tensor(labels)
-
-
-def checkpoint(blocks: int, pattern: str) -> tuple[nn.Module, Tensor, Data]:
-    (file,) = (data_folder() / "checkpoints").glob(pattern)
+def given_resnet(root: Path, blocks: int, pattern: str) -> nn.Module:
+    """A CIFAR-10 network with its published weights."""
+    (file,) = (root / "checkpoints").glob(pattern)
     state = torch.load(file, weights_only=True, map_location="cpu")["state_dict"]
     model = CifarResNet(blocks)
     model.load_state_dict({name.removeprefix("module."): t for name, t in state.items()})
-    images, labels = cifar()
+    return model
+
+
+def checkpoint(blocks: int, pattern: str) -> tuple[nn.Module, Tensor, Data]:
+    """With the first test images of every class."""
+    model = given_resnet(data_folder(), blocks, pattern)
+    pictures, labels = cifar10.pictures(data_folder(), False, PER_CLASS)
+    images = cifar10.normalized(pictures)
     return model.eval(), images[:1], (images, labels)
 
 

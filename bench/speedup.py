@@ -14,7 +14,6 @@ Rows go to bench/results/speedup.csv, the smaller networks to build/speedup.
 
 import argparse
 import collections
-import csv
 import json
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from typing import Any
 
 from pipeline import network, processor
 from side_by_side import TIMES, compared, side_by_side
+from tables import Row, read, write
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "speedup.csv"
@@ -196,24 +196,9 @@ def operator_times(path: Path) -> dict[str, float]:
     return {name: min(total[name] for total in sums) for name in names}
 
 
-def earlier(path: Path) -> list[dict[str, Any]]:
-    """Rows that the CSV holds; none where there is no CSV."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """All rows, in the order of networks, in one step."""
-    rows.sort(key=lambda row: NAMES.index(row["model"]))
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
-    temporary.replace(path)
+def save(path: Path, rows: list[Row]) -> None:
+    """All rows, in the order of networks."""
+    write(path, sorted(rows, key=lambda row: NAMES.index(row["model"])), COLUMNS, digits=5)
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -257,9 +242,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             files(name, (model, smaller(name, model, args, kwargs)), args, kwargs)
             return 0
         rows = measure(name)
-        write(options.output, [r for r in earlier(options.output) if r["model"] != name] + rows)
+        save(options.output, [r for r in read(options.output) if r["model"] != name] + rows)
         return 0
-    done = {row["model"] for row in earlier(options.output)}
+    done = {row["model"] for row in read(options.output)}
     failed = 0
     for name in options.models or NAMES:
         if name in done and not options.again:
@@ -268,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = [sys.executable, __file__, name, "--here"]
         command += ["--output", str(options.output), *(["--make"] if options.make else [])]
         failed += subprocess.run(command).returncode != 0
-    show(earlier(options.output))
+    show(read(options.output))
     return 1 if failed else 0
 
 

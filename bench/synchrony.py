@@ -18,10 +18,9 @@ import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from emergence import read, write
+from tables import Row, read, write
 from torch import nn
 from tqdm import tqdm
 from trained import NETWORKS, PASSES, Images, images, steps_of, training, untrained
@@ -38,8 +37,6 @@ COLUMNS = (
     "clusters", "largest", "mean", "constant", "split", "pairs", "kept", "accuracy", "torch",
 )  # fmt: skip
 NUMBERS = ("clusters", "largest", "mean", "constant", "split", "kept")
-
-Row = dict[str, Any]
 
 
 def loader(data: Images) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

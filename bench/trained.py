@@ -8,14 +8,12 @@ continual learning, here with ten outputs, on CIFAR-10: Adam at 1e-3, batches of
 
 from __future__ import annotations
 
-import io
 import itertools
-import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+import cifar10
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -65,40 +63,15 @@ def images(network: str, root: str | None, cache: Path) -> Images:
 
 
 def _cifar(root: Path, train: bool, cache: Path) -> tuple[Tensor, Tensor]:
-    """Files of torchvision itself, or `cifar10-jpeg/{train,test}.tar.gz`, decoded once."""
-    word = "train" if train else "test"
-    archive = root / "cifar10-jpeg" / f"{word}.tar.gz"
-    if not archive.exists():
-        from torchvision.datasets import CIFAR10
-
-        data = CIFAR10(str(root), train=train)
-        return torch.from_numpy(data.data).permute(0, 3, 1, 2).float() / 255, torch.tensor(
-            data.targets
-        )
-    kept = cache / f"cifar10_jpeg_{word}.pt"
+    """Decoded once."""
+    kept = cache / f"cifar10_{'train' if train else 'test'}.pt"
     if not kept.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with staging_folder(kept) as folder:
-            torch.save(_decoded(archive), folder / kept.name)
+            torch.save(cifar10.pictures(root, train), folder / kept.name)
             move_into_place(folder / kept.name, kept)
     pixels, labels = torch.load(kept, weights_only=True)
     return pixels.float() / 255, labels
-
-
-def _decoded(archive: Path) -> tuple[Tensor, Tensor]:
-    from PIL import Image
-
-    pictures: list[Tensor] = []
-    names: list[str] = []
-    with tarfile.open(archive) as file:
-        for member in tqdm(file, desc=archive.name, leave=False):
-            opened = file.extractfile(member) if member.name.endswith(".jpg") else None
-            if opened is not None:
-                picture = Image.open(io.BytesIO(opened.read())).convert("RGB")
-                pictures.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
-                names.append(member.name.split("/")[-2])
-    classes = {name: number for number, name in enumerate(sorted(set(names)))}
-    return torch.stack(pictures), torch.tensor([classes[name] for name in names])
 
 
 def untrained(network: str) -> nn.Sequential:

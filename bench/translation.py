@@ -13,7 +13,6 @@ exported with.
 from __future__ import annotations
 
 import argparse
-import csv
 import platform
 import sys
 import time
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 from multi30k import Missing, Vocabulary, bleu, sentences
+from tables import read, write
 from torch import Tensor, nn
 from tqdm import tqdm
 from translator import (
@@ -136,24 +136,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if made is None:
         print("there is more to train: run it again")
         return 0
-    done: dict[str, dict[str, Any]] = {}
-    if options.output.exists():
-        with options.output.open(newline="") as file:
-            done = {row["eps"]: row for row in csv.DictReader(file)}
+    done = {row["eps"]: row for row in read(options.output)}
     for eps in tqdm([e for e in options.eps if e not in done], desc="eps", disable=None):
         if time.monotonic() - start > options.seconds:
             print("there is more to measure: run it again")
             break
         done[eps] = {"eps": eps} | measure(eps, *made, options.epochs)
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        part = options.output.with_suffix(".part")
-        with part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(
-                done[key] for key in (*EPS, *sorted(set(done) - {*EPS})) if key in done
-            )
-        part.replace(options.output)
+        order = [key for key in (*EPS, *sorted(set(done) - {*EPS})) if key in done]
+        write(options.output, [done[key] for key in order], COLUMNS)
     return 0
 
 

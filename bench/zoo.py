@@ -15,7 +15,6 @@ be installed for what they are asked for.
 import argparse
 import collections
 import concurrent.futures
-import csv
 import multiprocessing
 import platform
 import re
@@ -25,6 +24,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from tables import read, write
 
 RESULTS = Path(__file__).resolve().parent / "results" / "zoo.csv"
 COLUMNS = (
@@ -211,16 +212,6 @@ def row_of(name: str, old: dict[str, Any], options: argparse.Namespace) -> dict[
     return row
 
 
-def write(path: Path, rows: dict[str, dict[str, Any]]) -> None:
-    """All rows, in one step: an interrupted run leaves the file as it was."""
-    partial = path.with_suffix(".part")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows[key] for key in sorted(rows))
-    partial.replace(path)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, write rows, say how many hold."""
     from architectures import names_of
@@ -237,11 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     names = options.models or [name for source in options.source for name in names_of(source)]
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    done: dict[str, dict[str, Any]] = {}
-    if options.output.exists():
-        with options.output.open(newline="") as file:
-            done = {row["model"]: row for row in csv.DictReader(file)}
+    done = {row["model"]: row for row in read(options.output)}
 
     def missing(name: str) -> bool:
         return name not in done or (options.pruner and not done[name].get("pruner_finished"))
@@ -257,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for run in concurrent.futures.as_completed(runs):
             name = runs[run]
             done[name] = run.result()
-            write(options.output, done)
+            write(options.output, [done[key] for key in sorted(done)], COLUMNS)
             bar.set_postfix_str(name)
             bar.update()
     rows = [done[name] for name in names]

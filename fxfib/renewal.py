@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class Replacement:
 Chosen = tuple[str, int, int | None]
 
 
-class Renewal:
+class Renewal(ABC):
     """What all ways to renew nodes share: where a node's parameters are, and how it starts anew.
 
     Args:
@@ -117,9 +118,9 @@ class Renewal:
 
     # -- what subclasses decide --------------------------------------------------------------
 
+    @abstractmethod
     def candidates(self) -> dict[str, dict[int, int | None]]:
         """For every layer the nodes that may be replaced, and who takes over from them."""
-        raise NotImplementedError
 
     def order(self, layer: str, eligible: list[int]) -> list[int]:
         """Whom to replace first: anyone."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -143,12 +143,7 @@ def _call(runtime: str, kind: str, width: int, device: str, threads: int) -> tim
         return lambda: stack(example)
     session = onnx_session(_onnx_bytes(stack, shape), device, threads)
     feed = {"x": example.cpu().numpy()}
-    return _run(session, feed)
-
-
-def _run(session: object, feed: Mapping[str, np.ndarray]) -> Callable[[], object]:
-    run = session.run  # type: ignore[attr-defined]
-    return lambda: run(None, feed)
+    return lambda: session.run(None, feed)
 
 
 def _onnx_bytes(stack: nn.Sequential, shape: tuple[int, ...]) -> bytes:

@@ -381,9 +381,9 @@ class Rewriter:
 
         Otherwise the whole parameter would stay for their sake, beside the part.
         """
-        constants = (
-            [old for old in self._new if self.analysis.is_constant(old)] if self._parted else []
-        )
+        if not self._parted:
+            return
+        constants = [old for old in self._new if self.analysis.is_constant(old)]
         images = {self._new[old] for old in constants}
         rests: dict[fx.Node, list[fx.Node]] = {}
         for old in constants:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-MODULES = ("accuracy", "accuracy_methods", "accuracy_networks")
+MODULES = ("accuracy", "accuracy_methods", "accuracy_networks", "residual_networks")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_every_network_runs_and_is_pruned_to_its_size(bench: dict[str, Any]) -> 
     networks, methods = bench["accuracy_networks"], bench["accuracy_methods"]
     cases = {
         "mnist_cnn": (networks.convolutional(), (1, 28, 28)),
-        "resnet": (networks.CifarResNet(1), (3, 32, 32)),
+        "resnet": (bench["residual_networks"].CifarResNet(1), (3, 32, 32)),
     }
     for name, (model, shape) in cases.items():
         torch.manual_seed(0)
@@ -95,7 +95,7 @@ def test_rows_come_back_and_are_summed_up(accuracy: Any, tmp_path: Path) -> None
         for seed in range(3)
     ]  # fmt: skip
     path = tmp_path / "rows.csv"
-    accuracy.write(path, rows)
+    accuracy.write(path, rows, accuracy.COLUMNS)
     read = accuracy.read(path)
     assert [accuracy.key(row) for row in read] == [accuracy.key(row) for row in rows]
     line = accuracy.summary(read).splitlines()[1].split()

@@ -83,7 +83,7 @@ def test_all_of_a_network(bench, tmp_path, monkeypatch):
     for step in ("torch", "onnxruntime"):
         arguments = ["mlp", "--here", "--steps", step, "--output", str(path)]
         assert pipeline.main(arguments) == 0
-    rows = pipeline.earlier(path)
+    rows = pipeline.read(path)
     assert [(row["step"], row["batch"]) for row in rows] == [
         ("torch", "1"), ("torch", "8"), ("onnxruntime", "1"), ("onnxruntime", "8"),
     ]  # fmt: skip
@@ -93,4 +93,4 @@ def test_all_of_a_network(bench, tmp_path, monkeypatch):
         assert float(row["relative_error"]) < 1e-5
     # A step that is measured again takes the place of its rows.
     pipeline.main(["mlp", "--here", "--steps", "torch", "--output", str(path)])
-    assert len(pipeline.earlier(path)) == 4
+    assert len(pipeline.read(path)) == 4
