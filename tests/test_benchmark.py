@@ -128,6 +128,8 @@ def test_work_of_another_model_is_not_told():
     assert found.macs_before is None and found.macs_after == 60
 
 
+# torch 2.11 warns about itself when inductor is imported.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.slow
 def test_torch_compile_is_measured():
     model, inputs = network(), torch.randn(2, 7)
