@@ -138,13 +138,15 @@ class Subject:
         """The small module under inductor beside the lifted one under our backend."""
         import torch
         from side_by_side import compared
+        from torch._inductor.utils import fresh_cache
 
         import fxfib
 
         args, kwargs = self.one
-        direct = torch.compile(self.small, dynamic=False)
+        direct = torch.compile(self.small, fullgraph=True, dynamic=False)
         through = torch.compile(self.wide, backend=fxfib.backend(), fullgraph=True, dynamic=False)
-        with torch.inference_mode():
+        # What another run left in inductor's cache need not be what it would make now.
+        with torch.inference_mode(), fresh_cache():
             row = compared([lambda: direct(*args, **kwargs), lambda: through(*args, **kwargs)])
         return [{**self.common, "step": "backend", "batch": 1, **row}]
 

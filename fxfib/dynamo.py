@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -256,56 +257,83 @@ def _unfit(example_inputs: Sequence[Any]) -> str:
     return ""
 
 
-def _reference(tensor: Tensor) -> Callable[[], Any]:
-    return weakref.ref(tensor)
+# Called for every weight in every call of the graph, hence without a frame of Python's between.
+_version: Callable[[Tensor], int] = vars(torch._C.TensorBase)["_version"].__get__
+_address: Callable[[Tensor], int] = Tensor.data_ptr
+
+
+def _picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """What picks these of the arguments, without a frame of Python's."""
+    if len(positions) > 1:
+        return operator.itemgetter(*positions)
+    return lambda arguments: [arguments[position] for position in positions]
+
+
+class _State:
+    """Which tensors these are, and as of when.
+
+    A network has hundreds of them and little of it is in the processor's cache when a call begins:
+    each kind of mark is compared in one pass over the tensors, cheapest first.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.identities = list(map(id, tensors))
+        self.versions = list(map(_version, tensors))
+        self.addresses = list(map(_address, tensors))
+
+    def unchanged(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether they are the same and have not been written to."""
+        return (
+            list(map(id, tensors)) == self.identities
+            and list(map(_version, tensors)) == self.versions
+            and list(map(_address, tensors)) == self.addresses
+        )
 
 
 class _Weights:
     """What a merged graph was made from, to be recognised at every call."""
 
     def __init__(self, bound: Bound, arguments: Sequence[Any], watch: str) -> None:
-        tensors = [arguments[position] for position in bound.roles.weights]
+        self.pick = _picker(bound.roles.weights)
         self.numbers = bound.numbers
-        # No strong references: a compiled graph must not keep a model alive.
-        self.seen = [
-            (position, _reference(tensor), tensor._version, tensor.data_ptr())
-            for position, tensor in zip(bound.roles.weights, tensors, strict=True)
-        ]
+        tensors = self.pick(arguments)
+        # No strong references: a compiled graph must not keep a model alive.  An identity says
+        # nothing once its tensor is gone, as another may get the same.
+        self.alive = True
+        self.references = [weakref.ref(tensor, self.gone) for tensor in tensors]
+        self.state = _State(tensors)
         # Tensors that the graph held before anything was bound are watched as they are.
-        given = {tensor.data_ptr() for tensor in tensors}
+        given = set(self.state.addresses)
         module = bound.graph_module
-        own = [t for t in (*module.parameters(), *module.buffers()) if t.data_ptr() not in given]
-        self.own = [(tensor, tensor._version, tensor.data_ptr()) for tensor in own]
-        self.copies: list[tuple[int, Tensor]] | None = None
+        held = (*module.parameters(), *module.buffers())
+        self.own = [tensor for tensor in held if tensor.data_ptr() not in given]
+        self.own_state = _State(self.own)
+        self.copies: list[Tensor] | None = None
         if watch == "values":
-            self.copies = [(p, arguments[p].detach().clone()) for p in bound.roles.weights]
+            self.copies = [tensor.detach().clone() for tensor in tensors]
 
-    @property
-    def alive(self) -> bool:
-        """Whether the tensors still exist."""
-        return all(ref() is not None for _, ref, _, _ in self.seen)
+    def gone(self, _: object) -> None:
+        """One of the tensors does not exist any more."""
+        self.alive = False
 
     def same_tensors(self, arguments: Sequence[Any]) -> bool:
         """Whether these are the tensors, changed or not."""
-        return all(ref() is arguments[position] for position, ref, _, _ in self.seen)
+        return self.alive and list(map(id, self.pick(arguments))) == self.state.identities
 
-    def unchanged(self, arguments: Any) -> bool:
+    def unchanged(self, arguments: Sequence[Any]) -> bool:
         """Whether these are the tensors as they were."""
-        for position, ref, version, address in self.seen:
-            tensor = arguments[position]
-            if ref() is not tensor:
-                return False
-            if tensor._version != version or tensor.data_ptr() != address:
-                return False
-        for position, number in self.numbers:
-            if float(arguments[position]) != number:
-                return False
-        for tensor, version, address in self.own:
-            if tensor._version != version or tensor.data_ptr() != address:
-                return False
-        return self.copies is None or all(
-            torch.equal(arguments[position], then) for position, then in self.copies
+        tensors = self.pick(arguments)
+        return (
+            self.alive
+            and self.state.unchanged(tensors)
+            and (not self.numbers or self.same_numbers(arguments))
+            and (not self.own or self.own_state.unchanged(self.own))
+            and (self.copies is None or all(map(torch.equal, tensors, self.copies)))
         )
+
+    def same_numbers(self, arguments: Sequence[Any]) -> bool:
+        """Whether what was a number in the graph is that number still."""
+        return all(float(arguments[position]) == number for position, number in self.numbers)
 
 
 @dataclass(frozen=True)
@@ -337,17 +365,19 @@ class MergedGraph:
         self.kept = bound.kept
         self.roles = bound.roles
         self.mode = mode
-        self.merges = [_Merge(weights, run, False)]
+        self.latest = _Merge(weights, run, False)
+        self.merges = [self.latest]
         self.changes = 0
         self.lock = threading.Lock()
         self.original: Callable[..., Any] | None = None
 
     def __call__(self, *arguments: Any) -> Any:
         """Run on the arguments of the original graph."""
-        merge = self.find(arguments)
-        if merge is None:
+        merge = self.latest
+        if not merge.weights.unchanged(arguments):
             with self.lock:
                 merge = self.find(arguments) or self.merge_again(arguments)
+            self.latest = merge
         if merge.whole:
             return merge.run(*arguments)
         return merge.run(*[arguments[position] for position in self.kept])

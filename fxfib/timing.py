@@ -18,6 +18,11 @@ Call = Callable[[], Any]
 # A sample is at least as long as this, or the clock and the scheduler are what is measured.
 SHORTEST_SAMPLE = 0.004
 
+# Python keeps its frames in chunks of 16 KiB.  Where a chunk happens to end within what is timed,
+# every call there maps and unmaps pages: measured, 1 ms on 6.  Samples start at several depths,
+# together as long as a chunk, so that no call is stuck with that, or spared it, by chance.
+DEPTHS = range(0, 160, 16)
+
 
 def in_turns(
     calls: Sequence[Call], rounds: int, place: str = "cpu", shortest: float = SHORTEST_SAMPLE
@@ -25,7 +30,7 @@ def in_turns(
     """Milliseconds of every call in every round, after two calls to warm up.
 
     Every round times all calls, every second one in reverse, so that whatever else the machine does
-    hits all alike.
+    hits all alike, and at another depth of Python's stack than the round before.
 
     Args:
         calls: what to time.
@@ -43,6 +48,9 @@ def in_turns(
         synchronize()
         return (time.perf_counter() - start) / repeats
 
+    def sample_below(depth: int, call: Call, repeats: int) -> float:
+        return sample_below(depth - 1, call, repeats) if depth else sample(call, repeats)
+
     repeats = []
     for call in calls:
         sample(call, 1)
@@ -51,7 +59,8 @@ def in_turns(
     order = range(len(calls))
     for turn in range(rounds):
         for which in order if turn % 2 == 0 else reversed(order):
-            times[which].append(1e3 * sample(calls[which], repeats[which]))
+            depth = DEPTHS[turn % len(DEPTHS)]
+            times[which].append(1e3 * sample_below(depth, calls[which], repeats[which]))
     return times
 
 
