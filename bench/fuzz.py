@@ -2,11 +2,17 @@
 
 Prints every failure with the command that reproduces it, then one line; exit code 1 on any failure.
 With ``--results`` finished seeds are kept in a file and not run again.
+
+``--covers`` plants covers instead, and looks at what is learned: errors and gradients beside those
+of autograd (float64), also with batch norms in training mode; training by SGD, momentum, weight
+decay, Adam and AdamW (one of them a seed; all with ``--thorough``); near misses.  It ends with the
+operators that the networks had.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import sys
 import time
@@ -18,6 +24,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
+from covering_checks import check_covers
 from planting_checks import check_seed
 
 
@@ -37,10 +44,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=seeds_of, default=range(100), metavar="A:B")
     parser.add_argument("--thorough", action="store_true", help="every check for every seed")
+    parser.add_argument("--covers", action="store_true", help="planted covers, and training")
     parser.add_argument("--results", type=Path, help="JSON lines; finished seeds are left out")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     warnings.simplefilter("error")
+    check = check_covers if options.covers else check_seed
     done = finished(options.results)
     claimed = failed = 0
     start = time.perf_counter()
@@ -49,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     for seed in tqdm(todo, desc="fuzz", disable=None):
         begun = time.perf_counter()
         try:
-            outcome = vars(check_seed(seed, thorough=options.thorough))
+            outcome = vars(check(seed, thorough=options.thorough))
         except Exception as error:
             line = (str(error).strip().splitlines() or [""])[0]
             failures = [f"{type(error).__name__}: {line[:160]}"]
@@ -67,10 +76,18 @@ def main(arguments: list[str] | None = None) -> int:
         for line in outcome["notes"]:
             print(f"seed {outcome['seed']}: (note) {line}")
         if outcome["failures"]:
-            print(f"    python bench/fuzz.py --thorough --seeds {outcome['seed']}")
+            kind = "--covers " if options.covers else ""
+            print(f"    python bench/fuzz.py {kind}--thorough --seeds {outcome['seed']}")
+    if options.covers:
+        seen = collections.Counter(kind for outcome in results for kind in outcome.get("kinds", ()))
+        print("operators:", ", ".join(f"{name} {count}" for name, count in seen.most_common()))
+        print(
+            f"{sum(o.get('redundant', 0) for o in results)} nodes beyond the first of their cover"
+        )
+    word = "found, every cover" if options.covers else "recovered"
     seconds = time.perf_counter() - start
     print(
-        f"{len(results)} seeds, {claimed} of them claimed to be recovered, {failed} failed, "
+        f"{len(results)} seeds, {claimed} of them claimed to be {word}, {failed} failed, "
         f"{seconds:.0f} s"
     )
     return 1 if failed else 0

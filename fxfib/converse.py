@@ -147,7 +147,7 @@ def _compare(basis: Tensor, table: Tensor, labels: Labels) -> Converse:
 
 def _linear_layers(run: Run, analysis: Colored) -> Iterator[tuple[fx.Node, fx.Node]]:
     """Linear layers that are called once, with what they read."""
-    for calls in layers(analysis, run.continued.values).values():
+    for calls in layers(analysis, run.continued.values):
         node = calls[0][1][0]
         if len(calls) == 1 and isinstance(find_rule(node), Linear):
             source = node.args[0]

@@ -219,7 +219,7 @@ class Monitor:
         self.probe = Probe(self.continued, analysis, pytree.tree_leaves((args, kwargs)))
         places: dict[Any, list[int]] = {}
         names: list[str] = []
-        for calls in layers(analysis, self.continued.values).values():
+        for calls in layers(analysis, self.continued.values):
             for name, ref in calls:
                 places.setdefault(ref[0], []).append(len(names))
                 names.append(name)

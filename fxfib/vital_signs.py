@@ -58,7 +58,7 @@ class Probe:
         forward = set(continued.values)
         self.sources: dict[str, list[str]] = {}
         self.behind: dict[fx.Node, list[tuple[str, int]]] = {}
-        for calls in layers(analysis, continued.values).values():
+        for calls in layers(analysis, continued.values):
             for name, ref in calls:
                 self.sources[name] = [
                     str(s.target) for s in ref[0].all_input_nodes if s.op == "get_attr"

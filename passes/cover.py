@@ -78,19 +78,35 @@ def channel_by_channel(analysis: Colored, ref: Ref) -> list[Ref]:
     return found
 
 
-def layers(analysis: Colored, forward: list[fx.Node]) -> dict[str, list[tuple[str, Ref]]]:
-    """The axes of nodes that layers make, by the layer's name; several calls of one layer."""
-    found: dict[str, list[tuple[str, Ref]]] = {}
+def layers(analysis: Colored, forward: list[fx.Node]) -> list[list[tuple[str, Ref]]]:
+    """The axes of nodes that layers make, by name; calls that share the nodes' weights together.
+
+    A table that is read along both of its axes (embedding and tied head) makes other nodes there.
+    """
+    found: dict[Any, list[tuple[str, Ref]]] = {}
+    count: dict[str, int] = {}
     for node in forward:
         rule = find_rule(node)
         if rule is not None and node in analysis.by_node:
             for part, ref in rule.produces(analysis, node):
                 base = layer_name(node)
                 name = f"{base} ({part})" if part else base
-                calls = found.setdefault(name, [])
-                key = name if not calls else f"{name} (call {len(calls) + 1})"
-                calls.append((key, ref))
-    return found
+                count[name] = count.get(name, 0) + 1
+                key = name if count[name] == 1 else f"{name} (call {count[name]})"
+                found.setdefault((name, _made_by(analysis, ref)), []).append((key, ref))
+    return list(found.values())
+
+
+def _made_by(analysis: Colored, ref: Ref) -> frozenset[tuple[str, int]]:
+    """The axes of matrices that lie along an output axis."""
+    found = set()
+    for relation in analysis.by_node.get(ref[0], ()):
+        if isinstance(relation, Same) and ref in (relation.a, relation.b):
+            source, axis = relation.b if relation.a == ref else relation.a
+            matrix = source.op == "get_attr" and len(analysis.shape(source)) > 1
+            if matrix and isinstance(axis, int):
+                found.add((str(source.target), axis))
+    return frozenset(found)
 
 
 def labels_of(analysis: Colored, forward: list[fx.Node], symmetry: str) -> dict[str, Labels]:
@@ -100,7 +116,7 @@ def labels_of(analysis: Colored, forward: list[fx.Node], symmetry: str) -> dict[
     merely proportional.
     """
     result: dict[str, Labels] = {}
-    for calls in layers(analysis, forward).values():
+    for calls in layers(analysis, forward):
         joint: list[Labels] = []
         for _, ref in calls:
             if symmetry in ("cover", "stable"):
@@ -134,7 +150,7 @@ def stable(
     while True:
         analysis = continued.color(eps, opfiber_eps, criterion, within)
         new: dict[fx.Node | Ref, list[Partition]] = {
-            node: list(_covers(analysis, node))
+            node: list(covers_at(analysis, node))
             for node in continued.errors
             if node not in continued.added
         }
@@ -157,7 +173,7 @@ def stable(
         within = new
 
 
-def _covers(analysis: Colored, node: fx.Node) -> Iterator[Partition]:
+def covers_at(analysis: Colored, node: fx.Node) -> Iterator[Partition]:
     """Nodes of a value with equal activations and errors, by the axes that are colored jointly."""
     values, errors = analysis.color(node), analysis.color(analysis.continued.errors[node])
     groups: list[set[int]] = []

@@ -63,8 +63,8 @@ class _Refused(Exception):
 def units_of(analysis: Colored) -> list[Unit]:
     """Every layer of the graph, with the places of its nodes or the reason why there are none."""
     found = []
-    for name, calls in layers(analysis, analysis.continued.values).items():
-        ref = calls[0][1]
+    for calls in layers(analysis, analysis.continued.values):
+        name, ref = calls[0]
         unit = Unit(name, size_of(analysis, ref))
         try:
             if len(calls) > 1:

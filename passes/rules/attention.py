@@ -18,7 +18,8 @@ from torch import fx
 
 from fxfib.coloring import FIRST_FREE, ZERO, Factor, Value, unique_rows
 from fxfib.passes.relations import Keep, Ref, Refine
-from fxfib.passes.rules.base import Barrier, Mask, find_rule, overloads, register
+from fxfib.passes.rules.base import Mask, find_rule, overloads, register
+from fxfib.passes.rules.derivative import OPAQUE
 from fxfib.passes.rules.product import (
     ATTENTION_BACK,
     attention_value,
@@ -228,10 +229,16 @@ class Attention(ProductRule):
     ) -> Iterable[tuple[fx.Node, fx.Node]]:
         """Queries get what lies on their keys, keys on their queries, values on the output."""
         for place, operand in adjoint.operands(node):
-            if place > 2:
-                raise Barrier("its mask is computed and has an error", REMEDY)
             if place in (0, 1, 2):
                 yield operand, adjoint.derivative(node, error, place, rule=ATTENTION_BACK)
+            else:
+                reason = "it is the mask of an attention"
+                yield (
+                    operand,
+                    adjoint.derivative(
+                        node, error, place, rule=OPAQUE, reason=reason, remedy=REMEDY
+                    ),
+                )
 
     def reads(
         self, analysis: Analysis, node: fx.Node, live: Mapping[Ref, Mask]

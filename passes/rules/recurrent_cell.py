@@ -139,8 +139,10 @@ class RecurrentCell(Rule):
         start = len(adjoint.nodes)
         first = adjoint.call(aten.linear.default, source, layer.ih, layer.bias_ih)
         if any(makes_zeros(state) for state in states):
-            # Zeros of a size that is computed; these have nodes that can be colored.
-            zeros = adjoint.call(aten.zeros_like.default, self.gates(adjoint, first)[0])
+            # Zeros of a size that is computed; these have nodes that can be colored.  (Made of rows
+            # of their own: what is added up must not be colored before.)
+            other = adjoint.call(aten.linear.default, source, layer.ih)
+            zeros = adjoint.call(aten.zeros_like.default, self.gates(adjoint, other)[0])
             states = [zeros if makes_zeros(state) else state for state in states]
         rows = [first, adjoint.call(aten.linear.default, states[0], layer.hh, layer.bias_hh)]
         results = self.written_out(adjoint, node, rows, states)

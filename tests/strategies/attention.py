@@ -91,6 +91,13 @@ def projection(
     return weight, offset, wide, shift
 
 
+def balanced(out: Copies, found: tuple[Any, Any, Any, Any]) -> tuple[Any, Any, Any, Any]:
+    """Queries or keys whose copies are equal on both sides: each has its part of the product."""
+    weight, offset, wide, shift = found
+    part = out.counts[out.member] ** -0.5
+    return weight, offset, wide * part[:, None], shift * part
+
+
 def layers_of(found: tuple[Any, Any, Any, Any], bias: bool) -> list[nn.Module]:
     weight, offset, wide, shift = found
     return [
@@ -163,14 +170,17 @@ def attention(b: Builder, v: Val, memory: Val | None = None) -> Val | None:
         sums = np.full(groups, sums[0])
     bias = bool(v.copies.constant.any() or memory.copies.constant.any()) or b.flip(0.7)
     parts = []
+    one, other = (sums & False, sums & False) if b.covers else (~sums, sums)
     every = (
-        ("query", v, queries, np.repeat(np.repeat(~sums, heads // groups), width)),
-        ("key", memory, keys, np.repeat(sums, width)),
+        ("query", v, queries, np.repeat(np.repeat(one, heads // groups), width)),
+        ("key", memory, keys, np.repeat(other, width)),
         ("value", memory, values, None),
     )
     for word, source, out, summed in every:
         alike = half_alike(out.size, size, style) if decoy and word != "value" else None
         found = projection(b, source, out, bias, sums=summed, alike=alike)
+        if b.covers and word != "value":
+            found = balanced(out, found)
         parts.append(b.part(*layers_of(found, bias), name=word))
         rows = out if summed is None else equal_rows(out, summed)
         b.candidate(parts[-1], "weight", 0, rows)
@@ -230,11 +240,14 @@ def module(b: Builder, v: Val, memory: Val | None = None) -> Val | None:
     sums = np.repeat(b.rng.random(heads) < 0.5, width)
     bias = bool(memory.copies.constant.any()) or b.flip(0.7)
     keys = replace(queries, ident=queries.ident + b.tag() * 64 * 64)
+    one, other = (sums & False, sums & False) if b.covers else (~sums, sums)
     found = {
-        "q": projection(b, source, queries, bias, sums=~sums),
-        "k": projection(b, memory, keys, bias, sums=sums),
+        "q": projection(b, source, queries, bias, sums=one),
+        "k": projection(b, memory, keys, bias, sums=other),
         "v": projection(b, memory, values, bias),
     }
+    if b.covers:
+        found |= {"q": balanced(queries, found["q"]), "k": balanced(keys, found["k"])}
     # torch divides by the root of its own head's size.
     ratio = np.sqrt(width / size)
     weight, offset, wide, shift = found["q"]
@@ -263,7 +276,7 @@ def module(b: Builder, v: Val, memory: Val | None = None) -> Val | None:
     if separate and bias:
         # The whole bias stays beside the parts of it that are made anew.
         b.unclaimed.append("a bias that is read in parts")
-    rows = [equal_rows(queries, ~sums), equal_rows(keys, sums), values]
+    rows = [equal_rows(queries, one), equal_rows(keys, other), values]
     if separate:
         for word, one in zip("qkv", rows, strict=True):
             b.candidate(part, f"{word}_proj_weight", 0, one)

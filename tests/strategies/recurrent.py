@@ -38,7 +38,13 @@ def gated(copies: Copies, gates: int) -> Copies:
 
 
 def direction(
-    b: Builder, source: Copies, hidden: Copies, output: Copies, kind: str, bias: bool
+    b: Builder,
+    source: Copies,
+    hidden: Copies,
+    output: Copies,
+    kind: str,
+    bias: bool,
+    parted: bool = True,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Parameters of one layer in one direction, of the base and of the wider network.
 
@@ -46,6 +52,7 @@ def direction(
         source: channels that it reads.
         hidden: of the cell.
         output: of what it gives and reads again: ``hidden``, or a projection of it.
+        parted: copies share the sum of both biases alone.
     """
     gates = KINDS[kind][2]
     base: dict[str, Any] = {}
@@ -70,7 +77,7 @@ def direction(
         if bias:
             base[f"bias_{name}"] = np.concatenate(offsets)
             wide[f"bias_{name}"] = np.concatenate(wide_offsets)
-    if bias:
+    if bias and parted:
         # Only the sum of both biases counts, but for the gate of a GRU that comes behind a product.
         shift = noise(
             b.tag(), np.tile(hidden.ident, gates), np.repeat(np.arange(gates), len(hidden))
@@ -241,7 +248,8 @@ def stepped(b: Builder, v: Val) -> Val | None:
     constant = bool(v.copies.constant.any())
     bias = constant or b.flip(0.75)
     hidden = replace(b.copies(b.width(), whole=True), cuts=())
-    found = direction(b, v.copies, hidden, hidden, kind, bias)
+    # What cells add up is colored part by part where covers must last.
+    found = direction(b, v.copies, hidden, hidden, kind, bias, parted=not b.covers)
     word, states = first_state(b, v, [hidden], "state")
     _, cls, gates, extra = KINDS[kind]
     modules = [

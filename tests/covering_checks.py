@@ -1,0 +1,255 @@
+"""What must hold for every network with planted covers; each check says what is wrong, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import adjoint_checks
+import cover_checks
+import numpy as np
+import torch
+from planting_checks import network, says
+from torch import fx, nn
+
+from fxfib.capture import capture
+from fxfib.coloring import Labels
+from fxfib.passes.backward import Colored, Continued
+from fxfib.passes.cover import covers_at, labels_of, layers, stable
+
+from strategies import Planted
+
+STEPS = (1, 10, 100)
+OPTIMIZERS = tuple(cover_checks.OPTIMIZERS)
+
+
+@dataclass
+class Outcome:
+    """Failures of one seed, and what was looked at.
+
+    Attributes:
+        failures: one line each; empty: all is well.
+        kinds: operators of the network that the two passes were checked through.
+        redundant: nodes beyond the first of their planted cover.
+        claimed: whether all planted fibers had to be covers: nothing is behind an op without a
+            backward rule, which ``notes`` tell, no maximum over channels or packed projection.
+    """
+
+    seed: int
+    failures: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
+    redundant: int = 0
+    claimed: bool = False
+
+
+def redundant(covers: dict[str, Labels]) -> int:
+    """Nodes beyond the first of their cover."""
+    return sum(len(labels) - len(np.unique(labels)) for labels in covers.values())
+
+
+def normalized_by_batch(module: nn.Module) -> bool:
+    """Whether a batch norm is part of it."""
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
+
+
+def gradients(planted: Planted, outcome: Outcome, batch_statistics: bool) -> Continued:
+    """Errors at every value as autograd has them, gradients equal where two weights must have them.
+
+    Planted covers are found, every one, and last.
+    """
+    errors = adjoint_checks.errors_of(
+        capture(planted.wide, planted.inputs), batch_statistics=batch_statistics
+    )
+    continued, analysis = errors.continued, errors.analysis
+    adjoint_checks.emitted_as_autograd(errors)
+    adjoint_checks.equal_in_opfibers(errors)
+    planted.wide.train(batch_statistics)
+    cover_checks.gradients_equal(analysis, continued, planted.wide, planted.inputs)
+    found = labels_of(analysis, continued.values, "cover")
+    cover_checks.rows_equal(found, planted.wide, planted.inputs)
+    planted.wide.eval()
+    outcome.kinds = sorted({*outcome.kinds, *kinds(continued.values)})
+    outcome.redundant = max(outcome.redundant, redundant(found))
+    opaque = {str(getattr(n.target, "reason", "")) for n in continued.added} - {""}
+    # Of nodes that tie for the largest, rounding decides which gets the error.  Errors of the three
+    # parts of a packed projection are added up, place by place, so that only what all have lasts.
+    missed = ("over channels", "MultiheadAttention")
+    if opaque or any(word in line for word in missed for line in planted.log):
+        outcome.notes += [line for line in sorted(opaque) if line not in outcome.notes]
+    else:
+        outcome.claimed = True
+        fibers = labels_of(analysis, continued.values, "fiber")
+        lasting = labels_of(stable(continued), continued.values, "stable")
+        reached = {
+            name
+            for calls in layers(analysis, continued.values)
+            for name, (node, _) in calls
+            if all(n in continued.errors for _, (n, _) in calls) and node in continued.errors
+        }
+        for name, labels in fibers.items():
+            if name not in reached:
+                continue  # no output reads it, so that it learns nothing
+            for kind, own in (("cover", found[name]), ("stable", lasting[name])):
+                assert np.array_equal(own, labels), f"{name}: {kind} {own}, planted {labels}"
+    return continued
+
+
+def kinds(nodes: list[fx.Node]) -> set[str]:
+    """Names of operators."""
+    return {
+        n.target.name().removeprefix("aten::").partition(".")[0]
+        for n in nodes
+        if isinstance(n.target, torch._ops.OpOverload)
+    }
+
+
+def apart(analysis: Colored, planted: Planted, before: dict[str, Labels]) -> list[str]:
+    """Layers in which nodes that were one cover have other activations or errors, in numbers."""
+    continued = analysis.continued
+    with torch.no_grad():
+        outputs = [x for x in planted.wide(*planted.inputs) if x.is_floating_point()]
+    generator = torch.Generator().manual_seed(5)
+    seeds = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in outputs]
+    values = adjoint_checks.run(continued.graph_module, [*planted.inputs, *seeds])
+    found = []
+    for calls in layers(analysis, continued.values):
+        for name, (node, axis) in calls:
+            for place in (node, continued.errors.get(node)):
+                if isinstance(axis, str) or place is None:
+                    continue
+                rows = values[place].movedim(axis, 0).flatten(1)
+                size = max(1.0, float(rows.abs().max()))
+                labels = before[name]
+                lead = rows[np.unique(labels, return_index=True)[1]][labels]
+                if float((rows - lead).abs().max()) > 1e-9 * size:
+                    found.append(name)
+    return sorted(set(found))
+
+
+#: What is colored by its very numbers, so that their last digit tells copies apart.
+EXACT = ("numbers(", "prelu(", "state parameter")
+
+
+def training(planted: Planted, optimizer: str, batch_statistics: bool) -> str:
+    """Planted covers have not split after 1, 10 and 100 steps: in numbers, and by their colors.
+
+    Returns:
+        What only the last digits of numbers tell apart; empty: nothing.
+    """
+    graph = capture(planted.wide, planted.inputs).graph_module
+    continued = Continued(graph, batch_statistics)
+    before = cover_checks.covers_of(continued, "stable")
+    chosen = cover_checks.OPTIMIZERS[optimizer](planted.wide.parameters())
+    planted.wide.train(batch_statistics)
+    done = 0
+    for steps in STEPS:
+        cover_checks.train(planted.wide, planted.inputs, chosen, steps - done, done)
+        done = steps
+        # Copies are summed in another order, so their last digits differ.
+        analysis = continued.color(1e-7)
+        split = apart(analysis, planted, before)
+        assert not split, f"{split} split after {steps} steps"
+        after = labels_of(analysis, continued.values, "cover")
+        split = cover_checks.coarsens(after, before)
+        if split and any(word in line for word in EXACT for line in planted.log):
+            return f"after {steps} steps a last digit tells copies in {split[0]} apart"
+        assert not split, f"{split} are colored apart after {steps} steps"
+    return ""
+
+
+def classes(analysis: Colored, continued: Continued) -> list[tuple[str, list[tuple[Any, int]]]]:
+    """How many covers every value has, by the axes that are colored jointly."""
+    return [
+        (node.name, [(axes, int(own.max(initial=-1))) for axes, own in covers_at(analysis, node)])
+        for node in continued.values
+        if node in continued.errors
+    ]
+
+
+def near_miss(seed: int) -> None:
+    """One number of one copy is another one: gradients are equal in what is still a cover.
+
+    (Behind a table that is added, say, nodes may learn alike whose activations differ.)
+    """
+    found = []
+    for near in (False, True):
+        planted = network(seed, covers=True, near=near)
+        if near and not planted.near:
+            return
+        errors = adjoint_checks.errors_of(capture(planted.wide, planted.inputs))
+        continued, analysis = errors.continued, errors.analysis
+        if near:
+            adjoint_checks.equal_in_opfibers(errors)
+            cover_checks.gradients_equal(analysis, continued, planted.wide, planted.inputs)
+            own = labels_of(analysis, continued.values, "cover")
+            cover_checks.rows_equal(own, planted.wide, planted.inputs)
+        found.append(classes(analysis, continued))
+    assert found[0] != found[1], f"{planted.near}: every value has the covers it had"
+
+
+def one_sided(seed: int) -> None:
+    """Copies of one layer get rows of their own; their columns stay alike.
+
+    Where errors depend on activations they are no opfiber any more.
+    """
+    planted = network(seed, covers=True)
+    captured = capture(planted.wide, planted.inputs)
+    covers = cover_checks.covers_of(Continued(captured.graph_module))
+    names = [
+        name
+        for name, labels in covers.items()
+        if "(" not in name
+        and len(np.unique(labels)) < len(labels)
+        and isinstance(
+            planted.wide.get_submodule(name), (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        )
+    ]
+    draw = torch.Generator().manual_seed(seed)
+    for name in names:
+        weight = planted.wide.get_submodule(name).weight
+        before = weight.detach().clone()
+        factor = 1 + torch.rand(len(weight), generator=draw, dtype=torch.float64)
+        with torch.no_grad():
+            weight.mul_(factor.view(-1, *[1] * (weight.ndim - 1)))
+        errors = adjoint_checks.errors_of(captured)
+        adjoint_checks.equal_in_opfibers(errors)
+        cover_checks.gradients_equal(
+            errors.analysis, errors.continued, planted.wide, planted.inputs
+        )
+        with torch.no_grad():
+            weight.copy_(before)
+
+
+def check_covers(seed: int, *, thorough: bool = True) -> Outcome:
+    """Every check of one seed; ``thorough`` trains with every optimizer, else with one, in turn."""
+    outcome = Outcome(seed)
+
+    def run(name: str, check: Callable[[], object]) -> None:
+        try:
+            note = check()
+            if isinstance(note, str) and note:
+                outcome.notes.append(f"{name}: {note}")
+        except Exception as error:
+            outcome.failures.append(f"{name}: {says(error)}")
+
+    def made() -> Planted:
+        return network(seed, covers=True)
+
+    run("gradients", lambda: gradients(made(), outcome, False))
+    batch = normalized_by_batch(made().wide)
+    if batch:
+        run("gradients, batch statistics", lambda: gradients(made(), outcome, True))
+    for place, optimizer in enumerate(OPTIMIZERS):
+        if thorough or place == seed // 2 % len(OPTIMIZERS):
+            run(optimizer, lambda o=optimizer: training(made(), o, False))
+            if batch:
+                run(
+                    f"{optimizer}, batch statistics",
+                    lambda o=optimizer: training(made(), o, True),
+                )
+    if outcome.redundant:
+        run("near miss", lambda: near_miss(seed))
+        run("one-sided", lambda: one_sided(seed))
+    return outcome
