@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
-from accuracy_networks import Data
+from accuracy_networks import Data, Sentences
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.cluster.vq import kmeans2
-from torch import Tensor, nn
+from torch import nn
 
 import fxfib
 from fxfib.coloring import FIRST_FREE, ZERO, Factor
@@ -23,6 +24,8 @@ from fxfib.workshop import Workshop, rewrite
 OTHERS = ("random", "l1", "l2", "cosine", "folding")
 PRUNERS = ("tp-magnitude", "tp-fpgm")
 HALVINGS = 14
+# Shares that were found, by model: the same with every compensation.
+SHARES: WeakKeyDictionary[nn.Module, dict[tuple[str, float, int], float]] = WeakKeyDictionary()
 # A size of at least this part of the limit is near enough.
 NEAR = 0.97
 
@@ -30,17 +33,32 @@ NEAR = 0.97
 class Chosen(Policy):
     """Another way to choose: the same part of the nodes of every value, dropped or clustered."""
 
+    chooses = True
+
     def __init__(self, method: str, share: float, seed: int) -> None:
         super().__init__(1.0)
         self.method = method
         self.share = share
         self.generator = np.random.default_rng(seed)
 
+    def eps_at(self, node: Any) -> float:
+        """What is not asked for here merges where it is equal."""
+        return 0.0
+
     def factor(self, analysis: Analysis, node: Any, form: Form, size: int) -> Factor:
         """Colors of the nodes of a value; those of an output stay."""
         exact = color_form(form, size, 0.0, "fibration", analysis.roundoff)
+        return exact if any(u.op == "output" for u in node.users) else self.choose(form, exact)
+
+    def hidden(self, ref: Any, form: Form, exact: Factor) -> Factor:
+        """Colors of the hidden nodes of a recurrent layer."""
+        return self.choose(form, exact)
+
+    def choose(self, form: Form, exact: Factor) -> Factor:
+        """Colors of the nodes with these rows."""
+        size = len(exact.labels)
         count = max(1, round(self.share * size))
-        if any(user.op == "output" for user in node.users) or count >= size:
+        if count >= size:
             return exact
         rows = np.concatenate([form.rows.double().numpy(), form.offset[:, None]], 1)
         if self.method in ("cosine", "folding"):
@@ -87,7 +105,7 @@ def last_layer(model: nn.Module) -> nn.Module:
     return [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
 
 
-def torch_pruning(model: nn.Module, method: str, share: float, example: Tensor) -> nn.Module:
+def torch_pruning(model: nn.Module, method: str, share: float, example: Any) -> nn.Module:
     """A network of Torch-Pruning that keeps a share of the channels of every layer."""
     import torch_pruning as tp
 
@@ -103,8 +121,8 @@ def torch_pruning(model: nn.Module, method: str, share: float, example: Tensor) 
 
 
 def made(
-    model: nn.Module, method: str, compensation: str, target: float, seed: int, data: Data,
-    images: int,
+    model: nn.Module, method: str, compensation: str, target: float, seed: int,
+    data: Data | Sentences, images: int,
 ) -> nn.Module:  # fmt: skip
     """One smaller network, of at most ``target`` of the parameters.
 
@@ -113,22 +131,22 @@ def made(
             ``refined``, then passes over such inputs towards the original's outputs; ``trained``,
             then one pass over the training data with labels.
     """
-    example = data.train[:2]
     learned = compensation in ("images", "refined", "trained")
     calibration = data.calibration(seed, images) if learned else None
     refine = PASSES if compensation in ("noise-refined", "refined", "trained") else 0
     if method == "fxfib":
         small: nn.Module = fxfib.tune(
-            model, example_inputs=(example,), params=target, calibration=calibration,
+            model, example_inputs=data.example, params=target, calibration=calibration,
             compensate=compensation != "none", refine=refine, progress=False,
+            dynamic_shapes=data.dynamic_shapes,
         )  # fmt: skip
     elif method in PRUNERS:
         limit = target * count(model)
-        share = largest(lambda s: count(torch_pruning(model, method, s, example)), limit)
-        small = torch_pruning(model, method, share, example)
+        share = largest(lambda s: count(torch_pruning(model, method, s, data.example)), limit)
+        small = torch_pruning(model, method, share, data.example)
     else:
         small = chosen(
-            model, method, compensation != "none", refine, calibration, target, seed, example
+            model, method, compensation != "none", refine, calibration, target, seed, data
         )
     if compensation == "trained":
         fxfib.finetune(
@@ -138,22 +156,27 @@ def made(
 
 
 def chosen(
-    model: nn.Module, method: str, compensate: bool, refine: int, calibration: Tensor | None,
-    target: float, seed: int, example: Tensor,
+    model: nn.Module, method: str, compensate: bool, refine: int, calibration: Any,
+    target: float, seed: int, data: Data | Sentences,
 ) -> nn.Module:  # fmt: skip
     """One of the other ways, rewritten and fitted by fxfib."""
     workshop = Workshop(
-        model, (example,), calibration=calibration, compensate=compensate, refine=refine
-    )
+        model, data.example, calibration=calibration, compensate=compensate, refine=refine,
+        dynamic_shapes=data.dynamic_shapes,
+    )  # fmt: skip
 
     def size(share: float, by: str = method) -> int:
         return count(rewrite(workshop.graph_module, Chosen(by, share, seed))[1])
 
     # Where layers are coupled, which nodes go decides how many can; elsewhere a cheap way tells.
     limit = target * count(model)
-    share = largest(lambda s: size(s, "l1"), limit)
-    if not NEAR * limit <= size(share) <= limit:
-        share = largest(size, limit)
+    found = SHARES.setdefault(model, {})
+    key = (method, target, seed)
+    if key not in found:
+        found[key] = largest(lambda s: size(s, "l1"), limit)
+        if not NEAR * limit <= size(found[key]) <= limit:
+            found[key] = largest(size, limit)
+    share = found[key]
     rewriter, small = rewrite(workshop.graph_module, Chosen(method, share, seed))
     notes = workshop.fitted(rewriter, small)
     return workshop.raised(rewriter, small, 1.0, notes, verify=False)

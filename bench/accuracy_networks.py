@@ -10,6 +10,7 @@ from typing import Any
 
 import cifar10
 import torch
+from accuracy_translation import Sentences, trained_translator
 from residual_networks import given_resnet
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -29,13 +30,15 @@ class Case:
         build: a fresh network, or one with the given weights.
         data: its data, from the folder of all data.
         trains: whether a seed trains a network of its own; otherwise it draws calibration alone.
-        images: number of unlabeled images of calibration.
+        images: number of unlabeled images (or sentences) of calibration.
+        pruners: whether Torch-Pruning can shrink it (of an LSTM it cuts the inputs away).
     """
 
     build: Callable[[Path], nn.Module]
-    data: Callable[[Path], Data]
+    data: Callable[[Path], Data | Sentences]
     trains: bool
     images: int
+    pruners: bool = True
 
 
 class Data:
@@ -43,13 +46,20 @@ class Data:
 
     Args:
         train, test: images and labels.
+
+    Attributes:
+        example: the arguments of one call.
+        dynamic_shapes: as for :func:`fxfib.compile`.
     """
+
+    dynamic_shapes: Any = None
 
     def __init__(self, train: Split, test: Split) -> None:
         self.train, self.train_labels = train
         self.test, self.test_labels = test
+        self.example: tuple[Tensor, ...] = (self.train[:2],)
 
-    def calibration(self, seed: int, count: int) -> Tensor:
+    def calibration(self, seed: int, count: int) -> Any:
         """Training images without labels."""
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))
         return self.train[order[:count]]
@@ -86,6 +96,23 @@ def convolutional() -> nn.Sequential:
     )  # fmt: skip
 
 
+class RowReader(nn.Module):
+    """``linear -> LSTM -> linear`` on an image as 28 steps of 28 pixels: logits of the last step.
+
+    ``forward`` takes ``[batch, 28, 28]`` and gives ``[batch, 10]``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(28, 48)
+        self.layer = nn.LSTM(48, 96, batch_first=True)
+        self.last = nn.Linear(96, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of ``[batch, steps, 28]``."""
+        return self.last(self.layer(self.first(x).relu())[0][:, -1])  # type: ignore[no-any-return]
+
+
 def mnist(root: Path, shape: tuple[int, ...]) -> Data:
     """Pixels in [0, 1], not normalised."""
     from torchvision.datasets import MNIST
@@ -111,6 +138,12 @@ CASES = {
     "mnist_cnn": Case(
         lambda root: convolutional(), lambda root: mnist(root, (1, 28, 28)), True, 1024
     ),
+    "mnist_lstm": Case(
+        lambda root: RowReader(), lambda root: mnist(root, (28, 28)), True, 1024, pruners=False
+    ),
+    "multi30k_transformer": Case(
+        trained_translator, lambda root: Sentences(), False, 256, pruners=False
+    ),
     "cifar_resnet20": Case(
         lambda root: given_resnet(root, 3, "resnet20*"),
         lambda root: cifar(root, *CIFAR_IMAGES), False, 1024,
@@ -122,7 +155,7 @@ CASES = {
 }  # fmt: skip
 
 
-def trained(name: str, root: Path, data: Data, seed: int, cache: Path) -> nn.Module:
+def trained(name: str, root: Path, data: Data | Sentences, seed: int, cache: Path) -> nn.Module:
     """The network of a seed: as given, from the cache, or trained for one pass (Adam 1e-3)."""
     case = CASES[name]
     torch.manual_seed(seed)
@@ -133,6 +166,7 @@ def trained(name: str, root: Path, data: Data, seed: int, cache: Path) -> nn.Mod
     if path.exists():
         model.load_state_dict(torch.load(path, weights_only=True))
         return model.eval()
+    assert isinstance(data, Data)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     order = torch.randperm(len(data.train))
     for batch in tqdm(order.split(100), desc=f"train {name} {seed}", leave=False):
@@ -147,9 +181,10 @@ def trained(name: str, root: Path, data: Data, seed: int, cache: Path) -> nn.Mod
     return model.eval()
 
 
-def macs(model: nn.Module, example: Any) -> int:
+def macs(model: nn.Module, data: Data | Sentences) -> int:
     """Multiply-accumulates of one example, by the shapes that layers see."""
     from fxfib.capture import capture
     from fxfib.macs import macs_of
 
-    return macs_of(capture(model, (example,)).graph_module) // len(example)
+    captured = capture(model, data.example, None, data.dynamic_shapes)
+    return macs_of(captured.graph_module) // len(data.example[0])

@@ -70,7 +70,7 @@ def compile(
         calibration: at eps > 0, inputs like those the model will see, without labels: a tensor, or
             an iterable of batches (tensors, tuples of arguments, dicts), such as a ``DataLoader``
             (what follows the arguments in a batch is left out).  At most the first 4,096 examples
-            are used.  None: noise.
+            are used.  None: noise; where recurrent layers read it nothing is fitted.
         compensate: at eps > 0, fit every layer that reads merged nodes to what the original
             computes on the calibration inputs, by least squares.
         refine: at eps > 0, how often the result is then trained once over the calibration inputs to

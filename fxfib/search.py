@@ -93,8 +93,8 @@ class Search:
     def _eps(self, place: int) -> dict[str, float]:
         assert self.path is not None
         if place not in self.precisions:
-            nodes = [curve.node for curve in self.path.curves]
-            gone = dict(zip(nodes, self.path.gone[place], strict=True))
+            refs = [curve.ref for curve in self.path.curves]
+            gone = dict(zip(refs, self.path.gone[place], strict=True))
             self.precisions[place] = self.workshop.eps_for(gone)
         return self.precisions[place]
 

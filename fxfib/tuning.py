@@ -43,6 +43,7 @@ def tune(
     refine: int | None = None,
     round_to: int | str | None = None,
     skip: Iterable[str] = (),
+    dynamic_shapes: Any = None,
     verify: bool = True,
     resume: str | None = None,
     progress: bool | None = None,
@@ -74,7 +75,7 @@ def tune(
         criterion: as for :func:`fxfib.compile`; only ``"energy"`` can be predicted, the others need
             ``strategy="bisection"``.
         strategy: see above.
-        calibration, compensate, skip, verify: as for :func:`fxfib.compile`.
+        calibration, compensate, skip, dynamic_shapes, verify: as for :func:`fxfib.compile`.
         round_to: as there; ``"auto"``: the multiple that :func:`fxfib.measure_widths` finds to pay
             for the layers of this network, told in the report's notes.
         refine: as for :func:`fxfib.compile`; None: 10 passes where layers are fitted on calibration
@@ -120,6 +121,7 @@ def tune(
             refine=refine,
             round_to=fixed,
             skip=skip_patterns(skip),
+            dynamic_shapes=dynamic_shapes,
             step=step,
         )
         measured: list[str] = []

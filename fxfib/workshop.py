@@ -24,9 +24,18 @@ from fxfib.passes.forward import Analysis
 from fxfib.passes.outlook import Outlook
 from fxfib.passes.plan import Plan, make_plan
 from fxfib.passes.propagation import UnfitError
+from fxfib.passes.relations import Ref
 from fxfib.passes.rewrite import Rewriter
+from fxfib.passes.rules import find_rule
+from fxfib.passes.rules.recurrent import Recurrent
+from fxfib.passes.rules.recurrent_cell import RecurrentCell
 from fxfib.refining import PASSES, refined
 
+RECURRENT = (Recurrent, RecurrentCell)
+BLIND = (
+    "nothing was fitted: there is no calibration, and noise, step after step, says nothing of what "
+    "a recurrent layer reads"
+)
 Step = Callable[[str], None]
 
 
@@ -70,13 +79,20 @@ class Workshop:
         self.criterion = criterion
         self.calibration = calibration
         self.compensate = compensate
-        known = calibration is not None or inputs_known(self.captured)
+        known = not self.blind and (calibration is not None or inputs_known(self.captured))
         self.refine = (PASSES if compensate and known else 0) if refine is None else refine
         self.round_to = round_to
         self.residual = residual
         self.skip = skip
         self.step = step
         self.graph_module = self.captured.graph_module
+
+    @cached_property
+    def blind(self) -> bool:
+        """Whether nothing is known of what layers read: noise has no order of steps."""
+        nodes = self.captured.graph_module.graph.nodes
+        rules = map(find_rule, nodes)
+        return self.calibration is None and any(isinstance(r, RECURRENT) for r in rules)
 
     @cached_property
     def skipped(self) -> list[fx.Node]:
@@ -100,7 +116,7 @@ class Workshop:
         return Outlook(self.graph_module, self.skipped)
 
     @cached_property
-    def activations(self) -> Mapping[fx.Node, Activation]:
+    def activations(self) -> Mapping[Ref, Activation]:
         """Second moments on the calibration inputs."""
         self.step("measure")
         return activations_of(self.graph_module, self.outlook, self.batches)
@@ -120,7 +136,7 @@ class Workshop:
         """Colors by what is measured on calibration or synthetic inputs."""
         return CalibratedPolicy(0.0, self.outlook, self.activations)
 
-    def eps_for(self, gone: Mapping[fx.Node, int]) -> dict[str, float]:
+    def eps_for(self, gone: Mapping[Ref, int]) -> dict[str, float]:
         """The eps of every layer that lets so many nodes of these values go."""
         policy = CountPolicy(self.energy, gone)
         Analysis(self.graph_module, skip=self.skipped, policy=policy).run()
@@ -152,7 +168,9 @@ class Workshop:
         if rewriter.analysis.policy.exact:
             return []
         notes: list[str] = []
-        if self.compensate:
+        if self.compensate and self.blind:
+            notes.append(BLIND)
+        elif self.compensate:
             self.step("compensate")
             notes = compensate(rewriter, small, self.batches, ridge=RIDGE)
         if self.refine and refine:

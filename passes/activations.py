@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -12,9 +13,10 @@ from fxfib.passes.compensate import FEWEST_ROWS, ROWS_PER_COLUMN, Batches, Tap
 from fxfib.passes.forward import Analysis
 from fxfib.passes.outlook import Outlook
 from fxfib.passes.regression import positions_of
-from fxfib.passes.relations import Same
+from fxfib.passes.relations import Ref, Same
 from fxfib.passes.rules import find_rule
 from fxfib.passes.rules.base import is_tensor
+from fxfib.passes.rules.recurrent import Recurrent
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,13 @@ def activations_of(
     outlook: Outlook,
     batches: Batches,
     step: Callable[[str], None] = lambda name: None,
-) -> Mapping[fx.Node, Activation]:
+) -> Mapping[Ref, Activation]:
     """One run over all inputs; see :class:`Activation`."""
+    analysis = outlook.exact
     places = {
-        node: as_read(outlook.exact, node, axis)
-        for node, axis in outlook.axes.items()
-        if node in outlook.exact.values
+        (node, axis): node if isinstance(axis, str) else as_read(analysis, node, axis)
+        for node, axis in outlook.asked
+        if node in analysis.values
     }
     if not places:
         return {}
@@ -65,43 +68,49 @@ def activations_of(
         next((len(t) for t in batch if isinstance(t, torch.Tensor) and t.ndim), 1)
         for batch in batches
     )
-    count: dict[fx.Node, int] = {}
-    first: dict[fx.Node, torch.Tensor] = {}
-    second: dict[fx.Node, torch.Tensor] = {}
+    count: dict[Ref, int] = {}
+    first: dict[Ref, torch.Tensor] = {}
+    second: dict[Ref, torch.Tensor] = {}
     with torch.no_grad():
         for batch in batches:
             values = tap.run_on(batch)
-            for node, place in places.items():
-                axis, value = outlook.axes[node], values[place]
-                width = value.shape[axis]
-                most = max(1, -(-max(FEWEST_ROWS, ROWS_PER_COLUMN * width) // examples))
-                seen = count.get(node, 0)
-                if axis == 0 or not value.is_floating_point():
-                    rows = value.movedim(axis, -1).reshape(-1, width)
-                else:
-                    flat = value.movedim(axis, -1).reshape(len(value), -1, width)
-                    chosen = positions_of(tuple(value.shape), axis, most, seen)
-                    rows = flat[:, chosen].flatten(0, 1)
-                rows = rows.float()
-                count[node] = seen + len(rows)
-                first[node] = first.get(node, 0) + rows.sum(0, dtype=torch.float64).cpu()
-                second[node] = second.get(node, 0) + (rows.t() @ rows).double().cpu()
+            for ref, place in places.items():
+                seen = count.get(ref, 0)
+                rows = _rows(analysis, ref, values[place], examples, seen).float()
+                count[ref] = seen + len(rows)
+                first[ref] = first.get(ref, 0) + rows.sum(0, dtype=torch.float64).cpu()
+                second[ref] = second.get(ref, 0) + (rows.t() @ rows).double().cpu()
             step("measure")
     return {
-        node: Activation(
-            second[node] / count[node]
-            - torch.outer(first[node] / count[node], first[node] / count[node]),
-            _demand(outlook, node, len(first[node])),
+        ref: Activation(
+            second[ref] / count[ref]
+            - torch.outer(first[ref] / count[ref], first[ref] / count[ref]),
+            _demand(outlook, ref, len(first[ref])),
         )
-        for node in places
+        for ref in places
     }
 
 
-def _demand(outlook: Outlook, node: fx.Node, size: int) -> torch.Tensor:
+def _rows(analysis: Analysis, ref: Ref, value: Any, examples: int, seen: int) -> torch.Tensor:
+    """Nodes of an axis, ``[rows, nodes]``, at some of all positions."""
+    node, axis = ref
+    if isinstance(axis, str):
+        rule = find_rule(node)
+        assert isinstance(rule, Recurrent)
+        return rule.observed(analysis, node, axis, value)
+    width = value.shape[axis]
+    if axis == 0 or not value.is_floating_point():
+        return value.movedim(axis, -1).reshape(-1, width)
+    most = max(1, -(-max(FEWEST_ROWS, ROWS_PER_COLUMN * width) // examples))
+    flat = value.movedim(axis, -1).reshape(len(value), -1, width)
+    chosen = positions_of(tuple(value.shape), axis, most, seen)
+    return flat[:, chosen].flatten(0, 1)
+
+
+def _demand(outlook: Outlook, ref: Ref, size: int) -> torch.Tensor:
     """Products of the columns that read the nodes; other readers read each by itself."""
-    axis = outlook.axes[node]
-    total = torch.eye(size, dtype=torch.float64) * outlook.plain.get((node, axis), 0.0)
-    for columns in outlook.columns(node, axis):
+    total = torch.eye(size, dtype=torch.float64) * outlook.plain.get(ref, 0.0)
+    for columns in outlook.columns(ref):
         wide = columns.to(torch.float64)
         total += wide.t() @ wide
     return total

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 
 import numpy as np
 
@@ -27,14 +27,14 @@ class Costs:
 
     def __init__(self, plan: Plan, curves: Sequence[Curve], batch: int = 1) -> None:
         analysis = plan.analysis
-        root = _tied(analysis)
+        root = _tied(analysis, plan.reasons)
         groups: dict[Ref, list[int]] = {}
         for number, curve in enumerate(curves):
-            groups.setdefault(root((curve.node, curve.axis)), []).append(number)
+            groups.setdefault(root(curve.ref), []).append(number)
         self.sizes = np.array([curve.size for curve in curves], dtype=np.float64)
         # Those whose nodes may not go, because an output or an op without a rule reads them.
         self.fixed = np.array(
-            [any(root(ref) == root((c.node, c.axis)) for ref in plan.reasons) for c in curves],
+            [any(root(ref) == root(curve.ref) for ref in plan.reasons) for curve in curves],
             dtype=bool,
         )
         self.tensors: list[tuple[float, list[list[int]]]] = []
@@ -77,7 +77,7 @@ class Costs:
         return size
 
 
-def _tied(analysis: Analysis) -> Callable[[Ref], Ref]:
+def _tied(analysis: Analysis, held: Container[Ref]) -> Callable[[Ref], Ref]:
     """Finds, for an axis, one that stands for all that share its layout or are moved from it."""
     parent: dict[Ref, Ref] = {}
 
@@ -91,14 +91,20 @@ def _tied(analysis: Analysis) -> Callable[[Ref], Ref]:
         if isinstance(relation, Same):
             parent[find(relation.b)] = find(relation.a)
         elif isinstance(relation, Move):
-            for out, ref in _moved(analysis, relation):
+            for out, ref in _moved(analysis, relation, held):
                 parent[find(ref)] = find(out)
     return find
 
 
-def _moved(analysis: Analysis, move: Move) -> Iterator[tuple[Ref, Ref]]:
-    """Output axes, and the input axes that their nodes come from."""
-    sources = [ref for source in move.sources for ref in source]
+def _moved(analysis: Analysis, move: Move, held: Container[Ref]) -> Iterator[tuple[Ref, Ref]]:
+    """Output axes, and the input axes that their nodes come from.
+
+    Of several axes that one is made of (gates and hidden nodes), those that are held stay whole.
+    """
+    sources: list[Ref] = []
+    for source in move.sources:
+        inner = [ref for ref in source if not isinstance(ref[1], str) or ref not in held]
+        sources += inner or source
     for out in move.out:
         for ref in sources:
             node, axis = ref

@@ -7,7 +7,7 @@ import fnmatch
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from torch import fx
 from fxfib.coloring import FIRST_FREE, ZERO, Factor, Floats, Labels, first_appearance
 from fxfib.errors import InputError
 from fxfib.passes.elimination import eliminate
+from fxfib.passes.relations import Ref
 from fxfib.passes.rules import find_rule
 from fxfib.passes.rules.base import Rule
 from fxfib.passes.weighted_ward import Tree, ward_tree
@@ -67,13 +68,16 @@ class Policy:
         criterion: what eps measures.
 
     Attributes:
-        masses: for a value that was colored, how much each node counts in the average of its color.
+        masses: for an axis that was colored, how much each node counts in the average of its color.
     """
+
+    #: Whether :meth:`hidden` decides on recurrent layers; if not, a fixed point at eps does.
+    chooses: ClassVar[bool] = False
 
     def __init__(self, eps: Eps = 0.0, criterion: str = "fibration") -> None:
         self.eps = eps
         self.criterion = criterion
-        self.masses: dict[fx.Node, Floats] = {}
+        self.masses: dict[Ref, Floats] = {}
 
     @property
     def exact(self) -> bool:
@@ -117,6 +121,16 @@ class Policy:
         """The colors of the nodes of a value."""
         return color_form(form, size, self.eps_at(node), self.criterion, analysis.roundoff)
 
+    def hidden(self, ref: Ref, form: Form, exact: Factor) -> Factor:
+        """The colors of the hidden nodes of a recurrent layer; they take no scales.
+
+        Args:
+            ref: the layer and its axis of hidden nodes.
+            form: the rows of all gates side by side, ``[hidden, d]``.
+            exact: their colors at eps = 0.
+        """
+        return exact
+
 
 class EnergyPolicy(Policy):
     r"""Colors that lose little of the energy of what their readers compute, told from the weights.
@@ -131,11 +145,13 @@ class EnergyPolicy(Policy):
         outlook: what reads every node.
     """
 
+    chooses = True
+
     def __init__(self, eps: Eps, outlook: Outlook) -> None:
         super().__init__(eps, "energy")
         self.outlook = outlook
         # A search colors the same rows again and again: the last trees of every value.
-        self._trees: dict[fx.Node, dict[bytes, Tree]] = {}
+        self._trees: dict[Ref, dict[bytes, Tree]] = {}
 
     def at(self, eps: Eps) -> EnergyPolicy:
         """The same with another eps."""
@@ -144,20 +160,21 @@ class EnergyPolicy(Policy):
         return other
 
     def tree(
-        self, node: fx.Node, form: Form, size: int, live: npt.NDArray[np.bool_]
+        self, ref: Ref, form: Form, live: npt.NDArray[np.bool_]
     ) -> tuple[Tree, Floats, Floats]:
         """Joins of the nodes that are not constant; factors and masses of all, ``[size]``."""
+        size = len(live)
         rows = np.concatenate([form.rows.to(torch.float64).numpy(), form.offset[:, None]], 1)
-        masses = self.outlook.norms(node, form.axis, size)
+        masses = self.outlook.norms(ref, size)
         scales = np.ones(size)
-        if self.outlook.folds(node):
+        if self.outlook.folds(ref):
             length = np.linalg.norm(rows, axis=1)
             scales = np.where(length > 0, length, 1.0)
             rows, masses = rows / scales[:, None], masses * length
         match = np.zeros(size, np.int64) if form.must_match is None else form.must_match
         digest = hashlib.sha256(np.ascontiguousarray(rows).tobytes())
         digest.update(masses.tobytes() + match.tobytes() + live.tobytes())
-        kept, key = self._trees.setdefault(node, {}), digest.digest()
+        kept, key = self._trees.setdefault(ref, {}), digest.digest()
         if key not in kept:
             while len(kept) >= KEPT_TREES:
                 del kept[next(iter(kept))]
@@ -165,12 +182,23 @@ class EnergyPolicy(Policy):
         return kept[key], scales, masses
 
     def factor(self, analysis: Analysis, node: fx.Node, form: Form, size: int) -> Factor:
-        eps = self.eps_at(node)
         exact = color_form(form, size, 0.0, "fibration", analysis.roundoff)
+        return self.choose((node, form.axis), form, exact)
+
+    def hidden(self, ref: Ref, form: Form, exact: Factor) -> Factor:
+        return self.choose(ref, form, exact)
+
+    def lost(self, ref: Ref, form: Form, exact: Factor) -> Floats:
+        """The share that is lost when 1, 2, ... of the nodes that are not constant have gone."""
+        return np.append(self.tree(ref, form, ~exact.constant)[0].lost, 1.0)
+
+    def choose(self, ref: Ref, form: Form, exact: Factor) -> Factor:
+        """Colors at this eps, given those at eps = 0."""
+        eps = self.eps_at(ref[0])
         live = ~exact.constant
         if eps == 0 or live.sum() < 2:
             return exact
-        tree, scales, self.masses[node] = self.tree(node, form, size, live)
+        tree, scales, self.masses[ref] = self.tree(ref, form, live)
         labels = exact.labels.copy()
         clusters, dropped = tree.cut(eps)
         labels[live] = np.where(dropped, ZERO, first_appearance(clusters) + FIRST_FREE)
@@ -187,31 +215,32 @@ class CalibratedPolicy(EnergyPolicy):
     Args:
         eps: the share of the readers' variance that may be lost.
         outlook: what reads every node.
-        activations: covariance of the nodes of every colored value, and what reads them.
+        activations: covariance of the nodes of every colored axis, and what reads them.
     """
 
-    def __init__(
-        self, eps: Eps, outlook: Outlook, activations: Mapping[fx.Node, Activation]
-    ) -> None:
+    def __init__(self, eps: Eps, outlook: Outlook, activations: Mapping[Ref, Activation]) -> None:
         super().__init__(eps, outlook)
         self.activations = activations
-        self._orders: dict[fx.Node, tuple[Labels, Floats]] = {}
+        self._orders: dict[Ref, tuple[Labels, Floats]] = {}
 
-    def order(self, node: fx.Node) -> tuple[Labels, Floats]:
+    def order(self, ref: Ref) -> tuple[Labels, Floats]:
         """The nodes in the order in which they go, and the share that is lost then."""
-        if node not in self._orders:
-            known = self.activations[node]
+        if ref not in self._orders:
+            known = self.activations[ref]
             order, lost = eliminate(known.covariance, known.demand)
-            self._orders[node] = order, lost / max(float(lost[-1]) if len(lost) else 0.0, 1e-300)
-        return self._orders[node]
+            self._orders[ref] = order, lost / max(float(lost[-1]) if len(lost) else 0.0, 1e-300)
+        return self._orders[ref]
 
-    def factor(self, analysis: Analysis, node: fx.Node, form: Form, size: int) -> Factor:
-        eps = self.eps_at(node)
-        exact = color_form(form, size, 0.0, "fibration", analysis.roundoff)
-        if eps == 0 or node not in self.activations:
+    def lost(self, ref: Ref, form: Form, exact: Factor) -> Floats:
+        order, lost = self.order(ref)
+        return lost[~exact.constant[order]]
+
+    def choose(self, ref: Ref, form: Form, exact: Factor) -> Factor:
+        eps = self.eps_at(ref[0])
+        if eps == 0 or ref not in self.activations:
             return exact
-        order, lost = self.order(node)
-        gone = np.zeros(size, dtype=bool)
+        order, lost = self.order(ref)
+        gone = np.zeros(len(order), dtype=bool)
         gone[order[: int(np.searchsorted(lost, eps, side="right"))]] = True
         gone &= ~exact.constant
         labels = np.where(gone, ZERO, exact.labels)

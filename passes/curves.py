@@ -11,7 +11,8 @@ from torch import fx
 from fxfib.coloring import Factor, Floats
 from fxfib.passes.criteria import CalibratedPolicy, EnergyPolicy, layers_behind, owners
 from fxfib.passes.forward import Analysis
-from fxfib.signature import Form, color_form
+from fxfib.passes.relations import Ref
+from fxfib.signature import Form
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,7 @@ class Curve:
     """The nodes of one value, and what is lost when fewer are left.
 
     Attributes:
-        node: the value that was colored.
-        axis: the axis of its nodes.
+        ref: the value that was colored, and the axis of its nodes.
         layers: module paths of the layers behind it; they share one eps.
         size: number of nodes.
         lost: float64 ``[at most size - 1]``, not decreasing: the share of its readers' variance
@@ -29,8 +29,7 @@ class Curve:
             sent through the network tells that better.
     """
 
-    node: fx.Node
-    axis: int
+    ref: Ref
     layers: tuple[str, ...]
     size: int
     lost: Floats
@@ -42,19 +41,16 @@ class Recorder(EnergyPolicy):
     def __init__(self, guide: CalibratedPolicy) -> None:
         super().__init__(0.0, guide.outlook)
         self.guide = guide
-        self.curves: dict[fx.Node, Curve] = {}
+        self.curves: dict[Ref, Curve] = {}
 
-    def factor(self, analysis: Analysis, node: fx.Node, form: Form, size: int) -> Factor:
-        exact = color_form(form, size, 0.0, "fibration", analysis.roundoff)
-        live = ~exact.constant
-        if node not in self.guide.activations or live.sum() < 2:
+    def choose(self, ref: Ref, form: Form, exact: Factor) -> Factor:
+        if ref not in self.guide.activations or (~exact.constant).sum() < 2:
             return exact
-        order, lost = self.guide.order(node)
-        lost = lost[live[order]]
-        layers = {path for layer in layers_behind(node) for path in owners(layer)}
+        lost = self.guide.lost(ref, form, exact)
+        layers = {path for layer in layers_behind(ref[0]) for path in owners(layer)}
         if len(lost) > 1 and layers:
             names = tuple(sorted(layers))
-            self.curves[node] = Curve(node, form.axis, names, size, lost[:-1])
+            self.curves[ref] = Curve(ref, names, len(exact.labels), lost[:-1])
         return exact
 
 
@@ -67,28 +63,19 @@ class CountPolicy(EnergyPolicy):
         found: eps of every layer, the least of the values that it is behind.
     """
 
-    def __init__(self, policy: EnergyPolicy, gone: Mapping[fx.Node, int]) -> None:
+    def __init__(self, policy: EnergyPolicy, gone: Mapping[Ref, int]) -> None:
         super().__init__(0.0, policy.outlook)
         self.policy = policy
         self.gone = gone
         self.found: dict[str, float] = {}
 
-    def factor(self, analysis: Analysis, node: fx.Node, form: Form, size: int) -> Factor:
-        exact = color_form(form, size, 0.0, "fibration", analysis.roundoff)
-        live = ~exact.constant
-        gone = min(self.gone.get(node, 0), int(live.sum()) - 1)
-        if gone <= 0:
-            eps = 0.0
-        elif isinstance(self.policy, CalibratedPolicy):
-            order, lost = self.policy.order(node)
-            eps = between(lost[live[order]], gone)
-        else:
-            tree = self.policy.tree(node, form, size, live)[0]
-            eps = between(np.append(tree.lost, 1.0), gone)
-        for layer in layers_behind(node):
+    def choose(self, ref: Ref, form: Form, exact: Factor) -> Factor:
+        gone = min(self.gone.get(ref, 0), int((~exact.constant).sum()) - 1)
+        eps = between(self.policy.lost(ref, form, exact), gone) if gone > 0 else 0.0
+        for layer in layers_behind(ref[0]):
             for path in owners(layer):
                 self.found[path] = min(self.found.get(path, np.inf), eps)
-        return self.policy.at(eps).factor(analysis, node, form, size) if eps else exact
+        return self.policy.at(eps).choose(ref, form, exact) if eps else exact
 
 
 def between(lost: Floats, gone: int) -> float:

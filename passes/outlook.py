@@ -27,14 +27,23 @@ class Probe(Policy):
 
     Where the passes still let them share a slot, factors pass to the readers; asking the passes
     themselves leaves no second list of which ops are positively homogeneous.
+
+    Attributes:
+        asked: every axis that a policy colors, and whether its nodes may have factors at all.
     """
+
+    chooses = True
 
     def __init__(self) -> None:
         super().__init__()
-        self.asked: dict[fx.Node, int] = {}
+        self.asked: dict[Ref, bool] = {}
+
+    def hidden(self, ref: Ref, form: Form, exact: Factor) -> Factor:
+        self.asked[ref] = False
+        return exact
 
     def factor(self, analysis: Analysis, node: fx.Node, form: Form, size: int) -> Factor:
-        self.asked[node] = form.axis
+        self.asked[node, form.axis] = True
         labels = np.full(size, FIRST_FREE)
         if form.must_match is not None:
             labels = labels + form.must_match
@@ -56,24 +65,24 @@ class Outlook:
         self.readers, self.plain = _readers(self.exact)
         probe = Probe()
         plan = make_plan(Analysis(graph_module, skip=skip, policy=probe).run())
-        self.axes = probe.asked
+        self.asked = tuple(probe.asked)
         self._folds = {
-            node: plan.layout(node, axis).size < plan.layout(node, axis).full
-            for node, axis in probe.asked.items()
+            ref: may and plan.layout(*ref).size < plan.layout(*ref).full
+            for ref, may in probe.asked.items()
         }
 
-    def folds(self, node: fx.Node) -> bool:
+    def folds(self, ref: Ref) -> bool:
         """Whether nodes that differ by a positive factor can share a slot."""
-        return self._folds.get(node, False)
+        return self._folds.get(ref, False)
 
-    def columns(self, node: fx.Node, axis: int) -> list[torch.Tensor]:
+    def columns(self, ref: Ref) -> list[torch.Tensor]:
         """The weights that read the nodes of an axis, each ``[m, nodes]``."""
-        return self.readers.get((node, axis), [])
+        return self.readers.get(ref, [])
 
-    def norms(self, node: fx.Node, axis: int, size: int) -> Floats:
+    def norms(self, ref: Ref, size: int) -> Floats:
         """Norm of everything that reads each node, ``[size]``; readers without a weight count 1."""
-        total = np.full(size, self.plain.get((node, axis), 0.0))
-        for columns in self.columns(node, axis):
+        total = np.full(size, self.plain.get(ref, 0.0))
+        for columns in self.columns(ref):
             total += columns.to(torch.float64).square().sum(0).numpy()
         return total**0.5
 

@@ -116,7 +116,8 @@ def masses(analysis: Analysis, weights: Iterable[fx.Node]) -> dict[fx.Node, Floa
     found: dict[fx.Node, Floats] = {}
     for node in weights:
         uses = analysis.gains.get(node, [])
-        given = analysis.policy.masses.get(node)
+        # A value is colored along one axis; others are those of nodes inside an op.
+        given = next((m for ref, m in analysis.policy.masses.items() if ref[0] is node), None)
         if given is None and len(uses) == 1:
             given = found.get(uses[0][0])
         if given is not None:

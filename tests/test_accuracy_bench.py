@@ -57,6 +57,19 @@ def test_baselines_have_the_width_they_should(
     assert small(torch.rand(3, 784)).shape == (3, 10)
 
 
+@pytest.mark.parametrize("method", ["random", "l2", "cosine", "folding", "fxfib"])
+def test_a_recurrent_layer_is_shrunk_to_the_size_that_was_asked_for(
+    bench: dict[str, Any], methods: Any, method: str
+) -> None:
+    torch.manual_seed(2)
+    model = bench["accuracy_networks"].RowReader().eval()
+    x, y = torch.rand(20, 28, 28), torch.randint(10, (20,))
+    data = bench["accuracy_networks"].Data((x, y), (x, y))
+    small = methods.made(model, method, "none", 0.5, 0, data, 20)
+    assert 0.46 < methods.count(small) / methods.count(model) <= 0.5
+    assert small.get_submodule("layer").hidden_size > 48
+
+
 def test_l1_keeps_the_largest_rows(methods: Any, network: nn.Module, digits: Any) -> None:
     small = methods.made(network, "l1", "none", 0.05, 0, digits, 60)
     first = network[0]
@@ -78,7 +91,7 @@ def test_every_network_runs_and_is_pruned_to_its_size(bench: dict[str, Any]) -> 
         small = methods.made(model.eval(), "l2", "images", 0.5, 0, data, 12)
         share = methods.count(small) / methods.count(model)
         assert 0.4 < share <= 0.5, name
-        assert networks.macs(small, x[:2]) < networks.macs(model, x[:2])
+        assert networks.macs(small, data) < networks.macs(model, data)
         assert small(x).shape == (12, 10)
         assert 0 <= data.accuracy(small) <= 100
 

@@ -115,6 +115,27 @@ def gate_forms(
     return form, zero_rows(writing)
 
 
+def gate_rows(
+    kind: Kind,
+    weights: Weights,
+    source: Factor | None,
+    labels: Labels,
+    allowed: Labels,
+    roundoff: float,
+) -> Form:
+    """Rows of all gates as points, one for every hidden node, where columns collapse by labels.
+
+    Args:
+        source: coloring of the input, None where all inputs are distinct.
+        labels: of the hidden nodes.
+        allowed: nodes of different numbers start from different states.
+    """
+    inputs = side(weights.ih, source, roundoff)
+    state = side(weights.hh, plain_factor(labels, "state"), roundoff)
+    form, _ = gate_forms(kind, weights, inputs, state, roundoff)
+    return replace(form, must_match=allowed)
+
+
 def _offset(
     terms: list[Floats], bias: torch.Tensor | None, bound: Floats, roundoff: float
 ) -> tuple[Floats, Floats]:

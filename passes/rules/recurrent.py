@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxfib.coloring import FIRST_FREE, ONE, ZERO, Factor, Labels, Value
+from fxfib.coloring import FIRST_FREE, ONE, ZERO, Factor, Floats, Labels, Value
 from fxfib.passes.relations import Full, Keep, Move, Ref, Refine, Relation, Same, SameSize
 from fxfib.passes.rules.base import Barrier, Mask, Rule, columns_read, hint, register
 from fxfib.passes.rules.derivative import OPAQUE
@@ -22,6 +22,7 @@ from fxfib.passes.rules.recurrence import (
     Precision,
     Weights,
     fixed_point,
+    gate_rows,
     met,
     plain_factor,
 )
@@ -183,8 +184,12 @@ class Recurrent(Rule):
         layers: list[Layer],
         starts: list[Start],
     ) -> dict[str, Factor]:
-        """The fixed point of every layer on the colors of the one before."""
-        precision = Precision(analysis.eps, analysis.criterion, analysis.roundoff)
+        """The fixed point of every layer on the colors of the one before, or a policy's choice."""
+        chooses = analysis.policy.chooses
+        held = node in analysis.skip or any(start.distinct for start in starts)
+        precision = Precision(0.0, "fibration", analysis.roundoff)
+        if not chooses:
+            precision = Precision(analysis.eps, analysis.criterion, analysis.roundoff)
         inner: dict[str, Factor] = {}
         factor = analysis.factor(source, 2)
         below: list[Factor] = []
@@ -195,14 +200,21 @@ class Recurrent(Rule):
             own = starts
             if layer.hr is not None:
                 projected, own = met([starts[0].factor]), starts[1:]
+            weights = layer.weights(analysis)
+            first = analysis.allowed((node, layer.hidden), met([start.factor for start in own]))
             hidden, output = fixed_point(
                 self.kind,
-                layer.weights(analysis),
+                weights,
                 factor,
-                analysis.allowed((node, layer.hidden), met([start.factor for start in own])),
+                first,
                 None if projected is None else analysis.allowed((node, layer.output), projected),
                 precision,
             )
+            if chooses and layer.hr is None and not held:
+                ref = (node, layer.hidden)
+                form = gate_rows(self.kind, weights, factor, hidden, first, analysis.roundoff)
+                exact = plain_factor(hidden, node.name)
+                hidden = output = analysis.policy.hidden(ref, form, exact).labels
             inner[layer.hidden] = plain_factor(hidden, node.name)
             inner[layer.output] = (
                 plain_factor(output, node.name) if layer.hr is not None else inner[layer.hidden]
@@ -341,6 +353,41 @@ class Recurrent(Rule):
 
     # -- who reads what --------------------------------------------------------------------
 
+    def columns(self, analysis: Analysis, node: fx.Node) -> Iterator[tuple[Ref, torch.Tensor]]:
+        """The weights of all gates, on the inputs, the layer below and the step before."""
+        layers = self.layers(analysis, node)
+        count = self.directions(analysis, node)
+        for layer in layers:
+            weights = layer.weights(analysis)
+            yield (node, layer.output), weights.hh
+            if weights.hr is not None:
+                yield (node, layer.hidden), weights.hr
+            if layer.number < count:
+                yield (analysis.arguments(node)["input"], 2), weights.ih
+            else:
+                before = (layer.number // count - 1) * count
+                for k, piece in enumerate(weights.ih.chunk(count, 1)):
+                    yield (node, layers[before + k].output), piece
+
+    def observed(
+        self, analysis: Analysis, node: fx.Node, axis: str, value: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """Hidden nodes as they are read: of all steps; below the last layer, of the last step.
+
+        Args:
+            axis: the axis of one layer's hidden nodes.
+            value: what the op gave.
+
+        Returns:
+            ``[rows, hidden]``.
+        """
+        layers = self.layers(analysis, node)
+        count = self.directions(analysis, node)
+        number = next(layer.number for layer in layers if axis == layer.hidden)
+        if number < len(layers) - count:
+            return value[1][number]
+        return value[0].chunk(count, 2)[number % count].flatten(0, 1)
+
     def reads(
         self, analysis: Analysis, node: fx.Node, live: Mapping[Ref, Mask]
     ) -> Iterator[tuple[Ref, Mask]]:
@@ -410,7 +457,9 @@ class Recurrent(Rule):
             extra = None
             if layer.number < self.directions(analysis, node):
                 extra = rewriter.dropped_constants(source, 2, layer.ih, inputs=1)
-            reduced |= smaller(rewriter, layer, columns, extra)
+            masses = analysis.policy.masses.get((node, layer.hidden))
+            masses = None if masses is None else np.tile(masses, self.kind.gates)
+            reduced |= smaller(rewriter, layer, columns, extra, masses)
         axes = [layers[0].output, layers[0].hidden]
         for state, axis in zip(self.states(analysis, node), axes, strict=False):
             reduced |= new_state(rewriter, state, 2, rewriter.layout(node, axis).size)
@@ -423,11 +472,19 @@ class Recurrent(Rule):
 
 
 def smaller(
-    rewriter: Rewriter, layer: Layer, columns: Any, extra: torch.Tensor | None
+    rewriter: Rewriter,
+    layer: Layer,
+    columns: Any,
+    extra: torch.Tensor | None,
+    masses: Floats | None = None,
 ) -> dict[fx.Node, fx.Node]:
-    """The parameters of one layer on the planned slots: rows averaged, columns summed."""
+    """The parameters of one layer on the planned slots: rows averaged, columns summed.
+
+    Args:
+        masses: how much every row counts in the average; None: all alike.
+    """
     layout = rewriter.layout(layer.ih, 0)
-    rows = layout.rows(np.ones(layout.full))
+    rows = layout.rows(np.ones(layout.full), masses)
     reduced = {
         layer.ih: rewriter.constant(layer.ih, {0: rows, 1: columns}),
         layer.hh: rewriter.constant(layer.hh, {0: rows, 1: rewriter.columns(layer.hh, 1)}),

@@ -1,6 +1,7 @@
 """Criteria other than Eq. 3: what merges, into what, and that eps = 0 stays exact under each."""
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -172,6 +173,65 @@ def test_nodes_that_little_reads_give_way() -> None:
     torch.testing.assert_close(
         small.get_submodule("0").weight[0], mean.detach(), rtol=1e-3, atol=1e-5
     )
+
+
+class Reader(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase], **options: Any) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 7)
+        self.layer = kind(7, 13, batch_first=True, **options)  # type: ignore[arg-type]
+        self.last = nn.Linear(13 * (1 + self.layer.bidirectional), 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.layer(self.first(x).relu())[0][:, -1])
+
+
+RECURRENT: list[tuple[type[nn.RNNBase], dict[str, Any]]] = [
+    (nn.LSTM, {}), (nn.GRU, {}), (nn.RNN, {"nonlinearity": "relu"}),
+    (nn.LSTM, {"num_layers": 2, "bidirectional": True}), (nn.GRU, {"num_layers": 2}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "options"), RECURRENT)
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_the_hidden_nodes_that_say_least_go(
+    kind: type[nn.RNNBase], options: dict[str, Any], calibrated: bool
+) -> None:
+    """Of every layer and direction node 3 nearly is node 1: it goes first, and little is lost."""
+    torch.manual_seed(4)
+    model, inputs = Reader(kind, **options).eval(), torch.randn(9, 6, 5)
+    with torch.no_grad():
+        for name, tensor in model.layer.named_parameters():
+            gates = tensor.unflatten(0, (-1, 13))
+            gates[:, 3] = gates[:, 1] + 1e-4 * torch.randn_like(gates[:, 1])
+            if name.startswith("weight_hh"):
+                tensor[:, 3] *= 0.3
+    calibration = torch.randn(80, 6, 5) if calibrated else None
+    eps = 1e-3 if calibrated else 1e-5  # what is measured on inputs is damped
+    small = fxfib.compile(
+        model, {"layer": eps}, (inputs,), criterion="energy", calibration=calibration
+    )
+    assert small.get_submodule("layer").hidden_size in ((11, 12) if calibrated else (12,))
+    torch.testing.assert_close(small(inputs), model(inputs), rtol=0, atol=0.03)
+    # Another node in its place costs more.
+    half = fxfib.tune(
+        model, example_inputs=(inputs,), params=0.5, calibration=calibration, refine=0
+    )
+    assert 3 < half.get_submodule("layer").hidden_size < 11
+    assert half.fibration.parameters_after <= 0.5 * half.fibration.parameters_before
+
+
+def test_recurrent_networks_are_not_fitted_on_noise() -> None:
+    torch.manual_seed(4)
+    model, inputs = Reader(nn.LSTM).eval(), torch.randn(9, 6, 5)
+    small = fxfib.tune(model, example_inputs=(inputs,), params=0.6)
+    assert "no calibration" in small.fibration.notes[0]
+    plain = fxfib.tune(model, example_inputs=(inputs,), params=0.6, compensate=False, refine=0)
+    torch.testing.assert_close(small(inputs), plain(inputs), rtol=0, atol=0)
+    fitted = fxfib.tune(
+        model, example_inputs=(inputs,), params=0.6, calibration=torch.randn(50, 6, 5)
+    )
+    assert not any("no calibration" in note for note in fitted.fibration.notes)
 
 
 def test_eps_by_module() -> None:
