@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import cifar10
+import resnet18
 import torch
 from accuracy_translation import Sentences, trained_translator
 from residual_networks import given_resnet
@@ -29,14 +30,15 @@ class Case:
     Attributes:
         build: a fresh network, or one with the given weights.
         data: its data, from the folder of all data.
-        trains: whether a seed trains a network of its own; otherwise it draws calibration alone.
+        train: how a seed trains a network of its own, in place: the network, the folder of all
+            data, its data, the seed, the file that keeps it; None: it draws calibration alone.
         images: number of unlabeled images (or sentences) of calibration.
         pruners: whether Torch-Pruning can shrink it (of an LSTM it cuts the inputs away).
     """
 
     build: Callable[[Path], nn.Module]
     data: Callable[[Path], Data | Sentences]
-    trains: bool
+    train: Callable[[nn.Module, Path, Any, int, Path], None] | None
     images: int
     pruners: bool = True
 
@@ -131,53 +133,64 @@ def cifar(root: Path, train: int, test: int) -> Data:
     return Data(*splits)
 
 
+def one_pass(model: nn.Module, root: Path, data: Data, seed: int, path: Path) -> None:
+    """One pass with Adam, kept when it is complete."""
+    if path.exists():
+        model.load_state_dict(torch.load(path, weights_only=True))
+        return
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    order = torch.randperm(len(data.train))
+    for batch in tqdm(order.split(100), desc=f"train {path.stem}", leave=False):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(data.train[batch]), data.train_labels[batch])
+        loss.backward()
+        optimizer.step()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with staging_folder(path) as folder:
+        torch.save(model.state_dict(), folder / path.name)
+        move_into_place(folder / path.name, path)
+
+
+def many_passes(model: nn.Module, root: Path, data: Data, seed: int, path: Path) -> None:
+    """The training of `resnet18.py`, or what is left of it."""
+    resnet18.complete(model, root, seed, path)
+
+
 # Per class: 300 training images to draw calibration from, 200 test images.
 CIFAR_IMAGES = (300, 200)
 CASES = {
-    "mnist_mlp": Case(lambda root: perceptron(), lambda root: mnist(root, (784,)), True, 2000),
+    "mnist_mlp": Case(lambda root: perceptron(), lambda root: mnist(root, (784,)), one_pass, 2000),
     "mnist_cnn": Case(
-        lambda root: convolutional(), lambda root: mnist(root, (1, 28, 28)), True, 1024
+        lambda root: convolutional(), lambda root: mnist(root, (1, 28, 28)), one_pass, 1024
     ),
     "mnist_lstm": Case(
-        lambda root: RowReader(), lambda root: mnist(root, (28, 28)), True, 1024, pruners=False
+        lambda root: RowReader(), lambda root: mnist(root, (28, 28)), one_pass, 1024, pruners=False
     ),
     "multi30k_transformer": Case(
-        trained_translator, lambda root: Sentences(), False, 256, pruners=False
+        trained_translator, lambda root: Sentences(), None, 256, pruners=False
     ),
     "cifar_resnet20": Case(
         lambda root: given_resnet(root, 3, "resnet20*"),
-        lambda root: cifar(root, *CIFAR_IMAGES), False, 1024,
+        lambda root: cifar(root, *CIFAR_IMAGES), None, 1024,
     ),
     "cifar_resnet32": Case(
         lambda root: given_resnet(root, 5, "resnet32*"),
-        lambda root: cifar(root, *CIFAR_IMAGES), False, 1024,
+        lambda root: cifar(root, *CIFAR_IMAGES), None, 1024,
+    ),
+    f"cifar_resnet18_w{resnet18.WIDTH}_e{resnet18.EPOCHS}": Case(
+        lambda root: resnet18.ResNet18(resnet18.WIDTH),
+        lambda root: cifar(root, *CIFAR_IMAGES), many_passes, 1024,
     ),
 }  # fmt: skip
 
 
 def trained(name: str, root: Path, data: Data | Sentences, seed: int, cache: Path) -> nn.Module:
-    """The network of a seed: as given, from the cache, or trained for one pass (Adam 1e-3)."""
+    """The network of a seed: as given, from the cache, or trained."""
     case = CASES[name]
     torch.manual_seed(seed)
     model = case.build(root)
-    path = cache / f"{name}_{seed}.pt"
-    if not case.trains:
-        return model.eval()
-    if path.exists():
-        model.load_state_dict(torch.load(path, weights_only=True))
-        return model.eval()
-    assert isinstance(data, Data)
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-    order = torch.randperm(len(data.train))
-    for batch in tqdm(order.split(100), desc=f"train {name} {seed}", leave=False):
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(data.train[batch]), data.train_labels[batch])
-        loss.backward()
-        optimizer.step()
-    cache.mkdir(parents=True, exist_ok=True)
-    with staging_folder(path) as folder:
-        torch.save(model.state_dict(), folder / path.name)
-        move_into_place(folder / path.name, path)
+    if case.train is not None:
+        case.train(model, root, data, seed, cache / f"{name}_{seed}.pt")
     return model.eval()
 
 

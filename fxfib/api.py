@@ -65,12 +65,14 @@ def compile(
             cosine, of two clusters of collapsed rows with their biases that are still joined.
             ``"energy"``: the share of the energy of what its readers compute that may go.  Told
             from the weights, nodes merge or are dropped, whichever loses less; measured on the
-            calibration inputs where there are any, nodes are dropped whose readers can do without.
+            calibration inputs, or on those that batch norm knows of, nodes are dropped whose
+            readers can do without.
             At eps = 0 all of them are exact.
         calibration: at eps > 0, inputs like those the model will see, without labels: a tensor, or
             an iterable of batches (tensors, tuples of arguments, dicts), such as a ``DataLoader``
             (what follows the arguments in a batch is left out).  At most the first 4,096 examples
-            are used.  None: noise; where recurrent layers read it nothing is fitted.
+            are used.  None: noise; where there is batch norm, noise that is changed until it has
+            the statistics that batch norm knows; where recurrent layers read it nothing is fitted.
         compensate: at eps > 0, fit every layer that reads merged nodes to what the original
             computes on the calibration inputs, by least squares.
         refine: at eps > 0, how often the result is then trained once over the calibration inputs to
@@ -180,7 +182,7 @@ def compile_now(
     refine: int = 0,
 ) -> FibrationModule:
     """Compile on example inputs that are at hand; options as in :func:`compile`."""
-    steps = ("capture", "measure", "color", "plan", "rewrite", "compensate", "verify")
+    steps = ("capture", "synthesize", "measure", "color", "plan", "rewrite", "compensate", "verify")
     with tqdm(total=len(steps), desc="fxfib", disable=None if progress is None else not progress,
               leave=False) as bar:  # fmt: skip
 

@@ -12,6 +12,7 @@ from torch import fx
 from fxfib.capture import Captured, normalize_inputs
 from fxfib.errors import InputError
 from fxfib.passes.rules.base import hint
+from fxfib.synthesis import TOGETHER, examples_for, matched, norms_that_know
 
 MOST_EXAMPLES = 4096
 BATCH = 256
@@ -22,23 +23,15 @@ FEWEST_EXAMPLES = 64
 Batch = tuple[Any, ...]
 
 
-def batches_of(
-    calibration: Any,
-    captured: Captured,
-    example_inputs: Any,
-    example_kwargs: Mapping[str, Any] | None,
-) -> list[Batch]:
+def batches_of(calibration: Any, captured: Captured) -> list[Batch]:
     """Flat inputs of the captured graph, batch by batch.
 
     Args:
-        calibration: as in :func:`fxfib.compile`; None: synthetic inputs.
-        example_inputs, example_kwargs: those that the model was captured on.
+        calibration: as in :func:`fxfib.compile`, not None.
 
     Raises:
         InputError: there is no input in it, or one does not fit the model.
     """
-    if calibration is None:
-        return drawn(captured, example_inputs, example_kwargs)
     if isinstance(calibration, (torch.Tensor, Mapping)):
         calibration = [calibration]
     if not isinstance(calibration, Iterable):
@@ -72,9 +65,35 @@ def drawn(
     *,
     seed: int = 0,
 ) -> list[Batch]:
-    """Synthetic inputs in place of a calibration; another seed gives others."""
+    """Noise in place of a calibration; another seed gives another.
+
+    Args:
+        example_inputs, example_kwargs: those that the model was captured on.
+    """
     examples = normalize_inputs(captured.source, example_inputs, example_kwargs)
     return list(synthetic(captured, pytree.tree_leaves(examples), seed))
+
+
+def remembered(
+    captured: Captured, example_inputs: Any, example_kwargs: Mapping[str, Any] | None
+) -> list[Batch]:
+    """Noise that was given the statistics that the batch norms know; see :func:`norms_known`."""
+    examples = normalize_inputs(captured.source, example_inputs, example_kwargs)
+    leaves = pytree.tree_leaves(examples)
+    places = _batched(captured)
+    size = next((len(leaves[place]) for place in places), 1)
+    count = examples_for(captured.graph_module, size)
+    noise = list(synthetic(captured, leaves, count=count, together=TOGETHER))
+    return matched(captured.graph_module, noise, places)
+
+
+def norms_known(captured: Captured) -> bool:
+    """Whether batch norms know what floating inputs are like, that come in batches."""
+    nodes = _placeholders(captured)
+    values = [nodes[place].meta["val"] for place in _batched(captured)]
+    return any(v.is_floating_point() for v in values) and bool(
+        norms_that_know(captured.graph_module)
+    )
 
 
 def inputs_known(captured: Captured) -> bool:
@@ -153,7 +172,14 @@ def _batched(captured: Captured) -> list[int]:
     ]
 
 
-def synthetic(captured: Captured, leaves: Sequence[Any], seed: int = 0) -> Iterator[Batch]:
+def synthetic(
+    captured: Captured,
+    leaves: Sequence[Any],
+    seed: int = 0,
+    *,
+    count: int | None = None,
+    together: int = BATCH,
+) -> Iterator[Batch]:
     """Gaussian noise in place of floating inputs, and drawn entries of the example elsewhere.
 
     The noise has the root mean square of the example input.  Where a linear layer alone reads it,
@@ -161,6 +187,8 @@ def synthetic(captured: Captured, leaves: Sequence[Any], seed: int = 0) -> Itera
 
     Args:
         leaves: the flat example inputs.
+        count: how many examples; None: as many as are cheap.
+        together: examples of a batch, at most.
     """
     generator = torch.Generator().manual_seed(seed)
     batched = _batched(captured)
@@ -170,15 +198,16 @@ def synthetic(captured: Captured, leaves: Sequence[Any], seed: int = 0) -> Itera
         if place in batched
     ]
     wished = MOST_NUMBERS // max(sizes, default=1)
-    examples = min(MOST_EXAMPLES, max(FEWEST_EXAMPLES, wished)) if batched else 1
-    for start in range(0, examples, BATCH):
-        count = min(BATCH, examples - start)
+    cheap = min(MOST_EXAMPLES, max(FEWEST_EXAMPLES, wished))
+    examples = (count or cheap) if batched else 1
+    for start in range(0, examples, together):
+        here = min(together, examples - start)
         batch = []
         for place, leaf in enumerate(leaves):
             if not isinstance(leaf, torch.Tensor) or not leaf.ndim:
                 batch.append(leaf)
                 continue
-            shape = (count, *leaf.shape[1:]) if place in batched else tuple(map(hint, leaf.shape))
+            shape = (here, *leaf.shape[1:]) if place in batched else tuple(map(hint, leaf.shape))
             if leaf.is_floating_point():
                 rows = _first_rows(captured, place)
                 if rows is None:

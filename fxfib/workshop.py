@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from fxfib.calibration import batches_of, drawn, inputs_known
+from fxfib.calibration import batches_of, drawn, inputs_known, norms_known, remembered
 from fxfib.capture import capture, normalize_inputs
 from fxfib.certificate import report_of, verified
 from fxfib.errors import InputError
@@ -79,7 +79,13 @@ class Workshop:
         self.criterion = criterion
         self.calibration = calibration
         self.compensate = compensate
-        known = not self.blind and (calibration is not None or inputs_known(self.captured))
+        # Whether inputs are like data: given, or made as batch norms remember them.  The latter are
+        # good for fitting layer by layer; a whole network that learns from so few leaves the data.
+        remembers = not self.blind and norms_known(self.captured)
+        self.like_data = calibration is not None or remembers
+        known = calibration is not None or (
+            inputs_known(self.captured) and not (self.blind or remembers)
+        )
         self.refine = (PASSES if compensate and known else 0) if refine is None else refine
         self.round_to = round_to
         self.residual = residual
@@ -102,11 +108,16 @@ class Workshop:
     @cached_property
     def batches(self) -> Batches:
         """Calibration or synthetic inputs, flat."""
-        return batches_of(self.calibration, self.captured, *self.example)
+        if self.calibration is not None:
+            return batches_of(self.calibration, self.captured)
+        if not self.like_data:
+            return drawn(self.captured, *self.example)
+        self.step("synthesize")
+        return remembered(self.captured, *self.example)
 
     def inputs(self, number: int) -> Batches:
-        """Inputs of a pass: the calibration, again and again, or fresh noise every time."""
-        if self.calibration is not None or number == 0:
+        """Inputs of a pass: those like data again and again, or fresh noise every time."""
+        if self.like_data or number == 0:
             return self.batches
         return drawn(self.captured, *self.example, seed=number)
 
@@ -129,7 +140,7 @@ class Workshop:
     @cached_property
     def energy(self) -> EnergyPolicy:
         """Colors by the energy that readers lose, whatever the eps."""
-        return self.guide if self.calibration is not None else EnergyPolicy(0.0, self.outlook)
+        return self.guide if self.like_data else EnergyPolicy(0.0, self.outlook)
 
     @cached_property
     def guide(self) -> CalibratedPolicy:
@@ -177,7 +188,7 @@ class Workshop:
             self.step("refine")
             notes += refined(
                 self.graph_module, small, self.inputs, self.refine,
-                scores=self.calibration is not None,
+                scores=self.like_data,
             )  # fmt: skip
         return notes
 
