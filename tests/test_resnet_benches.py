@@ -1,0 +1,109 @@
+"""The bench that trains a ResNet-18, and the one of what tune costs, on small stand-ins."""
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+
+def load(repository: Path, name: str) -> ModuleType:
+    sys.path.insert(0, str(repository / "bench"))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.pop(0)
+
+
+@pytest.fixture(scope="module")
+def resnet18(repository: Path) -> ModuleType:
+    return load(repository, "resnet18")
+
+
+@pytest.fixture(scope="module")
+def tune_cost(repository: Path) -> ModuleType:
+    return load(repository, "tune_cost")
+
+
+def test_it_has_the_published_size(resnet18: ModuleType) -> None:
+    model = resnet18.ResNet18(64)
+    assert sum(p.numel() for p in model.parameters()) == 11_173_962
+    assert resnet18.ResNet18(3).eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_images_are_moved_and_flipped_and_nothing_else(resnet18: ModuleType) -> None:
+    images = torch.rand(40, 3, 32, 32) + 1
+    found = resnet18.augmented(images, torch.Generator().manual_seed(0))
+    pad = resnet18.PAD
+    flipped = 0
+    for image, made in zip(nn.functional.pad(images, (pad,) * 4), found, strict=True):
+        windows = [image[:, i : i + 32, j : j + 32] for i in range(9) for j in range(9)]
+        straight = any(torch.equal(w, made) for w in windows)
+        assert straight or any(torch.equal(w.flip(2), made) for w in windows)
+        flipped += not straight
+    assert 10 < flipped < 30
+    assert not torch.equal(found[0], images[0]) or not torch.equal(found[1], images[1])
+
+
+def test_what_is_held_out_is_not_trained_on(resnet18: ModuleType) -> None:
+    labels = torch.arange(10).repeat_interleave(600)
+    places = torch.arange(6000)
+    kept, of = resnet18.split(places, labels, False)
+    held, wanted = resnet18.split(places, labels, True)
+    assert len(kept) == 1000
+    assert len(held) == 5000
+    assert not set(kept.tolist()) & set(held.tolist())
+    assert torch.equal(of.bincount(), torch.full((10,), 100))
+    assert torch.equal(wanted.bincount(), torch.full((10,), 500))
+
+
+def test_a_training_goes_on_as_if_nothing_had_been(
+    resnet18: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    images = torch.randint(256, (300, 3, 32, 32), dtype=torch.uint8)
+    labels = torch.randint(10, (300,))
+
+    def trained(path: Path) -> nn.Module:
+        torch.manual_seed(1)
+        model = resnet18.ResNet18(2)
+        return resnet18.train(model, images, labels, 0, 2, path)
+
+    whole = trained(tmp_path / "whole.pt")
+
+    def stop(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(resnet18, "print", stop, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "parts.pt")
+    monkeypatch.undo()
+    assert torch.load(tmp_path / "parts.pt")["epoch"] == 1
+    parts = trained(tmp_path / "parts.pt")
+    for a, b in zip(whole.state_dict().values(), parts.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    fresh = resnet18.ResNet18(2)
+    resnet18.complete(fresh, tmp_path / "no images", 0, tmp_path / "parts.pt", 2)
+    assert torch.equal(fresh.fc.weight, parts.fc.weight)
+
+
+def test_a_longer_search_starts_from_what_was_found(
+    tune_cost: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 23), nn.ReLU(), nn.Linear(23, 19), nn.ReLU(),
+                          nn.Linear(19, 3)).eval()  # fmt: skip
+    inputs = torch.randn(400, 7)
+    labels = model(inputs).argmax(1)
+    data = tune_cost.Data((inputs, labels), (inputs, labels))
+    monkeypatch.setattr(tune_cost, "network", lambda aim, root, cache: (model, data, 200))
+    aim = tune_cost.Aim("", {"max_loss_increase": 0.05})
+    monkeypatch.setitem(tune_cost.AIMS, "small", aim)
+    row = tune_cost.measure("small", tmp_path, tmp_path, 2.0, lambda row: None)
+    assert row["longer_found"] <= row["found"] < row["parameters"]
+    assert row["ratio"] == round(row["found"] / row["longer_found"], 4) >= 1
+    assert row["loss_increase"] <= 0.05
+    assert row["longer_evaluations"] > 0
