@@ -64,8 +64,8 @@ def test_a_training_goes_on_as_if_nothing_had_been(
     resnet18: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    images = torch.randint(256, (300, 3, 32, 32), dtype=torch.uint8)
-    labels = torch.randint(10, (300,))
+    images = torch.randint(256, (560, 3, 32, 32), dtype=torch.uint8)
+    labels = torch.randint(10, (560,))
 
     def trained(path: Path) -> nn.Module:
         torch.manual_seed(1)
