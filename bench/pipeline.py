@@ -9,6 +9,8 @@ Each network is lifted by 1.5 and compiled back.  ``step`` says what a row compa
   should be 1, as both have the same widths again.
 - ``backend``: the compiled network under ``torch.compile`` beside the lifted one under
   ``torch.compile(backend="fxfib")``; the ratio is the first over the second.
+- ``freezing``: the same with inductor's ``freezing`` under our backend: weights may be folded into
+  each other and stored as kernels want them, as our backend notices when they change.
 - ``checks``: no times; what holds is in ``note``, what does not is in ``failure``.
 - ``work``: no times either, so no noise: the ONNX file has the operators and the weights of the
   original's, and inductor makes the same kernels of both.
@@ -42,7 +44,7 @@ COLUMNS = (
 )  # fmt: skip
 VISION = {"resnet18": 128, "mobilenet_v2": 128, "resnet50": 128, "vit_b_16": 224}
 NAMES = ("mlp", "lstm", "bert", *VISION)
-STEPS = ("checks", "work", "torch", "onnxruntime", "backend")
+STEPS = ("checks", "work", "torch", "onnxruntime", "backend", "freezing")
 
 
 def network(name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
@@ -134,7 +136,7 @@ class Subject:
         rows = side_by_side(runtime, pair, self.args, self.kwargs, batches)
         return [{**self.common, "step": runtime, **row} for row in rows]
 
-    def backend(self) -> list[dict[str, Any]]:
+    def backend(self, step: str = "backend", **inner_options: Any) -> list[dict[str, Any]]:
         """The small module under inductor beside the lifted one under our backend."""
         import torch
         from side_by_side import compared
@@ -144,11 +146,12 @@ class Subject:
 
         args, kwargs = self.one
         direct = torch.compile(self.small, fullgraph=True, dynamic=False)
-        through = torch.compile(self.wide, backend=fxfib.backend(), fullgraph=True, dynamic=False)
+        ours = fxfib.backend(inner_options=inner_options)
+        through = torch.compile(self.wide, backend=ours, fullgraph=True, dynamic=False)
         # What another run left in inductor's cache need not be what it would make now.
-        with torch.inference_mode(), fresh_cache():
+        with torch.no_grad(), fresh_cache():  # inductor freezes nothing in inference mode
             row = compared([lambda: direct(*args, **kwargs), lambda: through(*args, **kwargs)])
-        return [{**self.common, "step": "backend", "batch": 1, **row}]
+        return [{**self.common, "step": step, "batch": 1, **row}]
 
     def checks(self) -> list[dict[str, Any]]:
         """What must hold besides times."""
@@ -246,6 +249,8 @@ class Subject:
         if step in ("torch", "onnxruntime"):
             return self.beside(step)
         with torch._dynamo.config.patch(allow_rnn=True):  # else recurrent layers are graph breaks
+            if step == "freezing":
+                return self.backend(step, freezing=True)
             return {"backend": self.backend, "checks": self.checks, "work": self.work}[step]()
 
 

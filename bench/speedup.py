@@ -6,7 +6,7 @@
 `fxfib.tune(model, macs=0.5, round_to=8)` makes each network smaller (random weights: no accuracy
 is told here).  ``efficiency`` is the speed-up over the ratio of multiply-accumulates: 1 where time
 falls as the work does.  Rows without an ``operator`` are latencies; those with one are the time
-that ONNX Runtime's profiler gives to all operators of that type in one run, and ``excess_ms`` is
+that the runtime's own profiler gives to all operators of that type in one run, and ``excess_ms`` is
 what is left of it above the original's over the ratio: the largest ones hold the network back.  All
 are the shortest times of many (side_by_side.py says why).
 Rows go to bench/results/speedup.csv, the smaller networks to build/speedup.
@@ -119,13 +119,19 @@ def measure(name: str) -> list[dict[str, Any]]:
     for row in side_by_side("torch", (model, small), args, kwargs, BATCHES):
         found.append({"runtime": "torch", **row})
     for row in found:
+        del row["relative_error"]  # of what is smaller on purpose
         rows.append({**common, **row, "efficiency": row["best_ratio"] / ratio})
-    for operator, before, after in profile(paths, args, kwargs):
-        own = {"excess_ms": after - before / ratio, "rounds": PROFILED}
-        own |= {"original_best_ms": before, "small_best_ms": after}
-        if after > 0:
-            own |= {"best_ratio": before / after, "efficiency": before / after / ratio}
-        rows.append({**common, "runtime": "onnxruntime", "batch": 1, "operator": operator, **own})
+    profiles = {
+        "onnxruntime": profile(paths, args, kwargs),
+        "torch": torch_profile((model, small), args, kwargs),
+    }
+    for runtime, operators in profiles.items():
+        for operator, before, after in operators:
+            own = {"excess_ms": after - before / ratio, "rounds": PROFILED}
+            own |= {"original_best_ms": before, "small_best_ms": after}
+            if after > 0:
+                own |= {"best_ratio": before / after, "efficiency": before / after / ratio}
+            rows.append({**common, "runtime": runtime, "batch": 1, "operator": operator, **own})
     return rows
 
 
@@ -181,6 +187,41 @@ def profile(paths: Sequence[str], args: Any, kwargs: Any) -> list[tuple[str, flo
     return [(name, before.get(name, 0.0), after.get(name, 0.0)) for name in names]
 
 
+def torch_profile(pair: Sequence[Any], args: Any, kwargs: Any) -> list[tuple[str, float, float]]:
+    """The same of torch's operators, each without what it calls."""
+    import torch
+    from torch.profiler import ProfilerActivity, record_function
+    from torch.profiler import profile as profiled
+
+    from fxfib.runtimes import with_batch
+
+    args, kwargs = with_batch((args, kwargs), 2, 1)
+    with torch.inference_mode(), profiled(activities=[ProfilerActivity.CPU]) as seen:
+        for _ in range(PROFILED + 2):
+            for number, module in enumerate(pair):
+                with record_function(f"run {number}"):
+                    module(*args, **kwargs)
+    events = list(seen.events())
+    before, after = (self_times(events, f"run {number}") for number in range(2))
+    names = sorted({*before, *after}, key=lambda name: -before.get(name, 0.0))
+    return [(name, before.get(name, 0.0), after.get(name, 0.0)) for name in names]
+
+
+def self_times(events: Sequence[Any], run: str) -> dict[str, float]:
+    """Of torch's profile: the shortest over runs, the first two left out, by operator."""
+    sums = []
+    for whole in [event for event in events if event.name == run][2:]:
+        total: collections.Counter[str] = collections.Counter()
+        waiting = list(whole.cpu_children)
+        while waiting:
+            event = waiting.pop()
+            total[event.name.removeprefix("aten::")] += event.self_cpu_time_total / 1e3
+            waiting += event.cpu_children
+        sums.append(total)
+    names = {name for total in sums for name in total}
+    return {name: min(total[name] for total in sums) for name in names}
+
+
 def operator_times(path: Path) -> dict[str, float]:
     """Of a profile: the shortest over runs, the first two left out, by type of operator."""
     events = json.loads(path.read_text())
@@ -215,13 +256,15 @@ def show(rows: list[dict[str, Any]]) -> None:
                     f"ms, {best:.2f} times as fast (medians: {ratio:.2f}), "
                     f"efficiency {efficiency:.2f}"
                 )
-        held = [row for row in own if row["operator"]]
-        held.sort(key=lambda row: -float(row["excess_ms"]))
-        for row in held[:5]:
-            print(
-                f"    {row['operator']:<22} {float(row['original_best_ms']):8.3f} -> "
-                f"{float(row['small_best_ms']):8.3f} ms, {float(row['excess_ms']):+.3f} ms"
-            )
+        for runtime in ("onnxruntime", "torch"):
+            held = [row for row in own if row["operator"] and row["runtime"] == runtime]
+            held.sort(key=lambda row: -float(row["excess_ms"]))
+            print(f"    {runtime}, by what is held back")
+            for row in held[:5]:
+                print(
+                    f"    {row['operator']:<22} {float(row['original_best_ms']):8.3f} -> "
+                    f"{float(row['small_best_ms']):8.3f} ms, {float(row['excess_ms']):+.3f} ms"
+                )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -38,7 +38,8 @@ def main(folder: Path) -> None:
         weight[2], bias[2] = 3.0 * weight[0], 3.0 * bias[0]  # of the same fiber, scaled
         weight[3], bias[3] = 0.0, 0.5  # constant
         model.second.weight[:, 4] = 0.0  # unread
-    report = fxfib.compile(model, 0.0, (torch.randn(3, 6),)).fibration
+    inputs = torch.randn(3, 6)
+    report = fxfib.compile(model, 0.0, inputs).fibration
     print(report)
 
     (group,) = report.merged_groups
@@ -52,7 +53,8 @@ def main(folder: Path) -> None:
         print(f"refused at {refusal.node}: {refusal.op}, {refusal.reason}; {refusal.remedy}")
     print(f"certificate: {report.error:.1e} absolute, {report.exact_error:.1e} in float64")
 
-    report.to_html(folder / "report.html")
+    curve = fxfib.eps_curve(model, inputs, eps=(0.0, 0.3, 0.6), progress=False)
+    report.to_html(folder / "report.html", curve=curve)
     (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
 
 

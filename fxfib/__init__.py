@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # what `__getattr__` below loads, for editors and type checke
     from fxfib.baselines import ContinualBackpropagation, ShrinkAndPerturb
     from fxfib.benchmarking import Benchmark, benchmark
     from fxfib.breaking import SymmetryBreaker
+    from fxfib.curve import CurvePoint, eps_curve
     from fxfib.dynamo import backend
     from fxfib.errors import (
         CaptureError,
@@ -50,6 +51,8 @@ _HOME = {
     "check": "fxfib.theorems",
     "color": "fxfib.api",
     "compile": "fxfib.api",
+    "CurvePoint": "fxfib.curve",
+    "eps_curve": "fxfib.curve",
     "export_onnx": "fxfib.onnx",
     "lift": "fxfib.lifting",
     "load": "fxfib.serialize",
@@ -66,6 +69,7 @@ __all__ = [
     "Benchmark",
     "CaptureError",
     "ContinualBackpropagation",
+    "CurvePoint",
     "ExportError",
     "FxfibError",
     "InputError",
@@ -85,6 +89,7 @@ __all__ = [
     "check",
     "color",
     "compile",
+    "eps_curve",
     "errors",
     "export_onnx",
     "finetune",

@@ -63,6 +63,9 @@ def _note(text: str) -> None:
 
 
 def _compile(options: argparse.Namespace) -> None:
+    pages = (".html", ".htm")
+    if options.curve and not (options.report and Path(options.report).suffix in pages):
+        raise InputError("--curve is shown in a page: add --report FILE.html.")
     _check_writable(options.output, options.onnx, options.report)
     source = _load(options)
     args, kwargs = source.inputs(options.input)
@@ -86,7 +89,14 @@ def _compile(options: argparse.Namespace) -> None:
     if options.onnx:
         _export_onnx(small, options.onnx, args, kwargs, options.opset)
     if options.report:
-        _write_report(report, Path(options.report))
+        curve: tuple[fxfib.CurvePoint, ...] = ()
+        if options.curve:
+            curve = fxfib.eps_curve(
+                source.module, args, kwargs, criterion=options.criterion,
+                round_to=options.round_to, residual=options.residual, skip=tuple(options.skip),
+                progress=options.progress,
+            )  # fmt: skip
+        _write_report(report, Path(options.report), curve)
         _note(f"wrote {options.report}")
     print(report.to_json() if options.json else report)
 
@@ -168,9 +178,11 @@ def _report(options: argparse.Namespace) -> None:
     print(report.to_json() if options.json else report)
 
 
-def _write_report(report: "fxfib.Report", path: Path) -> None:
+def _write_report(
+    report: "fxfib.Report", path: Path, curve: "Sequence[fxfib.CurvePoint]" = ()
+) -> None:
     if path.suffix in (".html", ".htm"):
-        report.to_html(path)
+        report.to_html(path, curve=curve)
     else:
         text = report.to_json() if path.suffix == ".json" else str(report)
         _write_text(path, text + "\n")
@@ -276,6 +288,11 @@ def _parser() -> argparse.ArgumentParser:
         "--report",
         metavar="FILE",
         help="write the report: a page if it ends in .html, JSON in .json, text otherwise",
+    )
+    compile_.add_argument(
+        "--curve",
+        action="store_true",
+        help="compile at several eps and show sizes and errors (in a report that is a page)",
     )
     compile_.add_argument(
         "--progress",

@@ -164,7 +164,9 @@ def backend(
     Args:
         eps, criterion, round_to, skip, verify: as for :func:`fxfib.compile`.
         inner: the backend that gets the smaller graph; a name or a callable.
-        inner_options: its options (for inductor, of ``torch._inductor.config``).
+        inner_options: its options (for inductor, of ``torch._inductor.config``).  ``{"freezing":
+            True}`` lets inductor fold weights into each other and store them as kernels want them
+            (under ``torch.no_grad()``): it may, as weights that change are merged again.
         watch: ``"version"`` notices whatever autograd or the address in memory shows: optimizer
             steps, ``load_state_dict``, ``copy_``, new parameters, another instance of the class.
             Writes through ``tensor.data`` (``w.data.mul_(2)``) show in neither: ``"values"``

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from fxfib.errors import InputError
 
 if TYPE_CHECKING:
     from fxfib.benchmarking import Benchmark
+    from fxfib.curve import CurvePoint
     from fxfib.layers import Layer
     from fxfib.report import Report
 
@@ -18,12 +20,12 @@ MOST = 40
 ACCENT, TRACK, CONSTANT, UNREAD, SINGLE = "#2f6bff", "#e0e5ec", "#e0a11b", "#4d5865", "#c3cdd9"
 
 
-def figures(report: Report) -> list[Any]:
+def figures(report: Report, curve: Sequence[CurvePoint] = ()) -> list[Any]:
     """See :meth:`fxfib.Report.plot`.
 
     Returns:
         ``matplotlib.figure.Figure``: the groups that lost most nodes, the layers colored by fiber,
-        and the frontier where there is one.  They belong to no window and need no closing.
+        frontier and eps curve where there is one.  They belong to no window and need no closing.
     """
     try:
         from matplotlib.figure import Figure
@@ -34,6 +36,8 @@ def figures(report: Report) -> list[Any]:
         made.append(_layers(Figure, report))
     if report.frontier:
         made.append(_frontier(Figure, report))
+    if curve:
+        made.append(_curve(Figure, report, curve))
     return made
 
 
@@ -148,4 +152,20 @@ def _frontier(figure: Any, report: Report) -> Any:
     axes.set_xlabel("parameters")
     axes.set_ylabel("loss" if measured else "predicted share of energy lost")
     axes.set_title(_title(report, "size against loss"))
+    return made
+
+
+def _curve(figure: Any, report: Report, curve: Sequence[CurvePoint]) -> Any:
+    """What is kept and what it costs, eps by eps."""
+    made = figure(figsize=(6.4, 5.0), layout="constrained")
+    above, below = made.subplots(2, 1, sharex=True)
+    places = range(len(curve))
+    above.plot(places, [100 * point.parameters_kept for point in curve], "o-", color=ACCENT)
+    above.set_ylabel("parameters kept (%)")
+    errors = [float("nan") if p.error is None else 100 * p.error for p in curve]
+    below.plot(places, errors, "o-", color=CONSTANT)
+    below.set_ylabel("relative error (%)")
+    below.set_xticks(places, [f"{point.eps:g}" for point in curve])
+    below.set_xlabel("eps")
+    above.set_title(_title(report, "size and error at every eps"))
     return made

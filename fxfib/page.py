@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fxfib.files import move_into_place, staging_folder
 
 if TYPE_CHECKING:
+    from fxfib.benchmarking import Benchmark
+    from fxfib.curve import CurvePoint
     from fxfib.report import Report
 
 _FOLDER = Path(__file__).resolve().parent / "html"
@@ -17,16 +21,23 @@ _FOLDER = Path(__file__).resolve().parent / "html"
 LONGEST_NAME = 200
 
 
-def write_page(report: Report, path: str | os.PathLike[str], benchmark: Any = None) -> None:
+def write_page(
+    report: Report,
+    path: str | os.PathLike[str],
+    benchmark: Benchmark | None = None,
+    curve: Sequence[CurvePoint] = (),
+) -> None:
     """Write the page; see :meth:`fxfib.Report.to_html`."""
     target = Path(path)
     with staging_folder(target) as folder:
         staged = folder / target.name
-        staged.write_text(page(report, benchmark), encoding="utf-8")
+        staged.write_text(page(report, benchmark, curve), encoding="utf-8")
         move_into_place(staged, target)
 
 
-def page(report: Report, benchmark: Any = None) -> str:
+def page(
+    report: Report, benchmark: Benchmark | None = None, curve: Sequence[CurvePoint] = ()
+) -> str:
     """The page as text.
 
     Everything that comes from a model is data: the script puts it into the page as text only, and
@@ -37,6 +48,7 @@ def page(report: Report, benchmark: Any = None) -> str:
         # The JSON report has one of every group.
         point["eps"] = max(point["eps"].values(), default=0.0)
     data["benchmark"] = None if benchmark is None else benchmark.to_dict()
+    data["curve"] = [asdict(point) for point in curve]
     return compose("page.html", data, "sections.js")
 
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fxfib import layers as layer_data
 from fxfib.frontier import Point
 from fxfib.layers import Layer
 from fxfib.passes.forward import Refusal
+
+if TYPE_CHECKING:
+    from fxfib.benchmarking import Benchmark
+    from fxfib.curve import CurvePoint
 
 
 @dataclass(frozen=True)
@@ -113,30 +118,39 @@ class Report:
         values["layers"] = tuple(Layer.from_dict(layer) for layer in values.get("layers", ()))
         return cls(**values)
 
-    def to_html(self, path: str | os.PathLike[str], benchmark: Any = None) -> None:
+    def to_html(
+        self,
+        path: str | os.PathLike[str],
+        benchmark: Benchmark | None = None,
+        curve: Sequence[CurvePoint] = (),
+    ) -> None:
         """Write the report as one page that needs no network: the model as a colored graph, layers,
-        groups, certificate, refusals and, where they are known, frontier and latency.
+        groups, certificate, refusals and, where they are known, frontier, eps curve and latency.
 
         Args:
             path: of the file; it appears when it is complete.
             benchmark: what :func:`fxfib.benchmark` returned.
+            curve: what :func:`fxfib.eps_curve` returned.
 
         Raises:
             ExportError: the file cannot be written.
         """
         from fxfib.page import write_page
 
-        write_page(self, path, benchmark)
+        write_page(self, path, benchmark, curve)
 
-    def plot(self) -> list[Any]:
-        """Matplotlib figures: the groups, the layers and, where there is one, the frontier.
+    def plot(self, curve: Sequence[CurvePoint] = ()) -> list[Any]:
+        """Matplotlib figures: the groups, the layers and, where there are any, frontier and curve.
+
+        Args:
+            curve: what :func:`fxfib.eps_curve` returned.
 
         Raises:
             InputError: matplotlib is not installed (``pip install 'fxfib[plot]'``).
         """
         from fxfib.figures import figures
 
-        return figures(self)
+        return figures(self, curve)
 
     @property
     def merged_groups(self) -> tuple[Group, ...]:

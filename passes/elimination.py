@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from fxfib.coloring import Floats, Labels
@@ -30,23 +31,52 @@ def eliminate(covariance: torch.Tensor, demand: torch.Tensor) -> tuple[Labels, F
         in all when each has gone (not decreasing; the last is everything).
     """
     count = len(covariance)
-    damping = DAMPING * float(covariance.diagonal().mean()) if count else 0.0
-    eye = torch.eye(count, dtype=torch.float64)
-    inverse = torch.linalg.inv(covariance + max(damping, 1e-30) * eye)
-    demand = demand.clone()
-    alive = torch.ones(count, dtype=torch.bool)
-    order = torch.zeros(count, dtype=torch.int64)
-    lost = torch.zeros(count, dtype=torch.float64)
+    damped = _positive(covariance)
+    # In units of each node's own deviation: the losses are the same, and the numbers are not spread
+    # over as many powers of ten as the variances.
+    unit = damped.diagonal().sqrt()
+    damped = damped / (unit[:, None] * unit)
+    demand = demand * (unit[:, None] * unit)
+    alive = torch.arange(count)
+    order, lost = [], []
     total = 0.0
-    for step in range(count):
-        score = demand.diagonal() / inverse.diagonal().clamp(min=1e-300)
-        score = torch.where(alive, score, torch.inf)
-        node = int(score.argmin())
-        total += max(float(score[node]), 0.0)
-        order[step], lost[step], alive[node] = node, total, False
-        part = inverse[node] / inverse[node, node]
-        column = demand[node] - 0.5 * demand[node, node] * part
-        demand.addr_(part, column, alpha=-1.0).addr_(column, part, alpha=-1.0)
-        inverse.addr_(part, inverse[node].clone(), alpha=-1.0)
-        inverse[node, node] = 1.0  # it is gone; its row and column are zero
-    return order.numpy(), lost.numpy()
+    while len(alive):
+        # Each step loses digits, as what is left of the inverse shrinks; half of the nodes at a
+        # time, and both matrices are made again.
+        inverse = torch.linalg.inv(damped[alive[:, None], alive])
+        columns = damped[:, alive] @ inverse
+        wanted = columns.T @ demand @ columns
+        gone = torch.zeros(len(alive), dtype=torch.bool)
+        for _ in range((len(alive) + 1) // 2):
+            # Of a matrix with ones on its diagonal (G^-1)_jj is at least 1.
+            pivots = inverse.diagonal().clamp(min=1.0)
+            score = torch.where(gone, torch.inf, wanted.diagonal().clamp(min=0.0) / pivots)
+            node = int(score.argmin())
+            total += float(score[node])
+            order.append(int(alive[node]))
+            lost.append(total)
+            gone[node] = True
+            part = inverse[node] / pivots[node]
+            column = wanted[node] - 0.5 * wanted[node, node] * part
+            wanted.addr_(part, column, alpha=-1.0).addr_(column, part, alpha=-1.0)
+            inverse.addr_(part, inverse[node].clone(), alpha=-1.0)
+            inverse[node] = inverse[:, node] = 0.0
+        alive = alive[~gone]
+    return np.array(order, dtype=np.int64), np.array(lost, dtype=np.float64)
+
+
+def _positive(covariance: torch.Tensor) -> torch.Tensor:
+    """With as much on the diagonal as it takes to have an inverse.
+
+    Products of float32 activations leave eigenvalues a little below zero, and in wide layers of
+    which few inputs were seen the usual damping is less than that.
+    """
+    damping = DAMPING * float(covariance.diagonal().mean()) if len(covariance) else 0.0
+    damping = max(damping, 1e-30)
+    eye = torch.eye(len(covariance), dtype=torch.float64)
+    while True:
+        damped = covariance + damping * eye
+        _, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            return damped
+        damping *= 10.0

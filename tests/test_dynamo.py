@@ -410,6 +410,21 @@ def test_inductor():
     assert len(sizes(backend)) == before + 1 and not kept(backend)
 
 
+def test_inductor_may_freeze_weights_as_changes_are_seen():
+    model, inputs = Net().eval(), torch.randn(2, 3, 8, 8)
+    backend = fxfib.backend(inner_options={"freezing": True})
+    run = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        torch.testing.assert_close(run(inputs), model(inputs), rtol=1e-4, atol=1e-4)
+        model.head.weight.mul_(2.0)
+        torch.testing.assert_close(run(inputs), model(inputs), rtol=1e-4, atol=1e-4)
+        assert len(backend.graphs) == 2
+        # Without autograd's counter: another tensor in the place of the first.
+        model.head.weight.data = 3.0 * model.head.weight
+        torch.testing.assert_close(run(inputs), model(inputs), rtol=1e-4, atol=1e-4)
+    assert len(backend.graphs) == 3 and not any(graph.note for graph in backend.graphs)
+
+
 def test_mode_reaches_the_inner_backend():
     given = []
 

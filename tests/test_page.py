@@ -155,6 +155,18 @@ def test_frontier_and_latency_in_a_browser(report, tmp_path):
 
 
 @browser
+def test_eps_curve_in_a_browser(report, tmp_path):
+    torch.manual_seed(0)
+    curve = fxfib.eps_curve(network(), torch.randn(4, 7), eps=(0.5, 0.0, 0.1), progress=False)
+    path = tmp_path / "report.html"
+    report.to_html(path, curve=curve)
+    dom, said = opened(path)
+    assert not said, said
+    assert "parameters kept" in dom and "relative error" in dom
+    assert dom.count("<circle") == 2 * len(curve)
+
+
+@browser
 def test_hostile_names_are_inert_in_a_browser(tmp_path):
     for number, name in enumerate(HOSTILE):
         path = tmp_path / f"{number}.html"
@@ -198,6 +210,9 @@ def test_figures(report):
     assert len(layers.axes[0].images) == 3
     (*_, frontier) = dataclasses.replace(report, frontier=FRONTIER).plot()
     assert len(frontier.axes[0].lines[0].get_xdata()) == len(FRONTIER)
+    curve = tuple(fxfib.CurvePoint(n / 4, 100 - n, 50, 1 - n / 100, n / 50) for n in range(4))
+    (*_, drawn) = report.plot(curve)
+    assert [len(axes.lines[0].get_xdata()) for axes in drawn.axes] == [4, 4]
     hostile = dataclasses.replace(large(3, lambda index: f"${index}_{{" + "n" * 500))
     for figure in hostile.plot():
         figure.canvas.draw()

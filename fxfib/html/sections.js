@@ -152,16 +152,17 @@ function chart(series, options) {
   const width = 900, height = 300, pad = { left: 64, right: 18, top: 14, bottom: 44 };
   const points = series.flatMap((one) => one.points);
   const span = (values) => { const low = Math.min(...values), high = Math.max(...values); const more = (high - low || Math.abs(high) || 1) * 0.06; return [low < 0 ? low - more : Math.max(0, low - more), high + more]; };
-  const [x0, x1] = span(points.map((point) => point[0])), [y0, y1] = span(points.map((point) => point[1]));
+  const [x0, x1] = options.places ? [-0.3, options.places - 0.7] : span(points.map((point) => point[0])), [y0, y1] = span(points.map((point) => point[1]));
   const x = (value) => pad.left + ((value - x0) / (x1 - x0)) * (width - pad.left - pad.right);
   const y = (value) => height - pad.bottom - ((value - y0) / (y1 - y0)) * (height - pad.top - pad.bottom);
   const svg = drawing("svg", { viewBox: `0 0 ${width} ${height}`, role: "img" });
   for (let at = 0; at <= 4; at++) {
-    const vy = y0 + ((y1 - y0) * at) / 4, vx = x0 + ((x1 - x0) * at) / 4;
+    const vy = y0 + ((y1 - y0) * at) / 4;
     svg.append(drawing("line", { x1: pad.left, x2: width - pad.right, y1: y(vy), y2: y(vy), stroke: "var(--line)" }));
     svg.append(drawing("text", { x: pad.left - 8, y: y(vy) + 4, "text-anchor": "end" }, options.y(vy)));
-    svg.append(drawing("text", { x: x(vx), y: height - pad.bottom + 18, "text-anchor": at === 4 ? "end" : "middle" }, options.x(vx)));
   }
+  const ticks = options.places ? [...Array(options.places).keys()] : [0, 1, 2, 3, 4].map((at) => x0 + ((x1 - x0) * at) / 4);
+  ticks.forEach((value, at) => svg.append(drawing("text", { x: x(value), y: height - pad.bottom + 18, "text-anchor": !options.places && at === 4 ? "end" : "middle" }, options.x(value))));
   svg.append(drawing("text", { x: (width + pad.left) / 2, y: height - 6, "text-anchor": "middle" }, options.label));
   series.forEach((one, number) => {
     const color = number ? "var(--warn)" : "var(--accent)";
@@ -189,6 +190,20 @@ function chart(series, options) {
   const [name, found, key] = measured.length ? ["measured loss", measured, "loss"] : ["predicted: share of energy lost", predicted, "predicted"];
   const series = found.length ? [{ name, points: found.map((point) => [point.parameters, point[key], [`${short(point.macs)} multiply-accumulates`, `eps up to ${+point.eps.toPrecision(3)}`, ...(typeof point.latency === "number" ? [`${point.latency.toFixed(2)} of the original's time`] : []), ...(point.chosen ? ["chosen"] : [])].join("; "), point.chosen]) }] : [];
   if (series.length) $("frontier").append(chart(series, { x: (value) => short(Math.round(value)), y: (value) => String(+value.toPrecision(3)), label: "parameters" }));
+})();
+
+(function paintCurve() {
+  const points = DATA.curve || [];
+  $("curve-card").hidden = !points.length;
+  if (!points.length) return;
+  // One place for every eps: a scale that holds 0 and five powers of ten has no other.
+  const percent = (value) => +(100 * value).toPrecision(3) + " %";
+  const eps = (place) => String(+points[Math.min(points.length - 1, Math.max(0, Math.round(place)))].eps.toPrecision(3));
+  const about = (point) => `${short(point.parameters)} parameters, ${short(point.macs)} multiply-accumulates`;
+  for (const [name, key] of [["parameters kept", "parameters_kept"], ["relative error", "error"]]) {
+    const known = points.map((point, place) => [place, point[key], about(point)]).filter((point) => typeof point[1] === "number");
+    if (known.length) $("curve").append(chart([{ name, points: known }], { x: eps, y: percent, label: "eps", places: points.length }));
+  }
 })();
 
 (function paintLatency() {

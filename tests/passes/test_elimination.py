@@ -1,0 +1,48 @@
+"""Which nodes go first: beside a search that refits, and where the covariance is a poor one."""
+
+import numpy as np
+import pytest
+import torch
+
+from fxfib.passes.elimination import eliminate
+
+
+def loss_of(covariance: torch.Tensor, demand: torch.Tensor, kept: list[int]) -> float:
+    """What readers lose when only these nodes are left and their columns are fitted again."""
+    inner = covariance[kept][:, kept]
+    rest = covariance - covariance[:, kept] @ torch.linalg.inv(inner) @ covariance[kept]
+    return float((rest * demand).sum())
+
+
+@pytest.mark.parametrize(("seed", "count"), [(0, 1), (1, 2), (2, 5), (3, 11), (4, 23)])
+def test_losses_are_those_of_the_least_squares_fit(seed: int, count: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(count, 60, generator=generator, dtype=torch.float64)
+    values *= 10 ** torch.randn(count, 1, generator=generator, dtype=torch.float64)
+    readers = torch.randn(count, 4, generator=generator, dtype=torch.float64)
+    covariance, demand = values @ values.T / 60, readers @ readers.T
+    covariance += 1e-9 * torch.eye(count, dtype=torch.float64)
+    order, lost = eliminate(covariance, demand)
+    assert sorted(order) == list(range(count))
+    whole = float((covariance * demand).sum())
+    for gone in range(1, count):
+        kept = sorted(set(range(count)) - set(order[:gone].tolist()))
+        wanted = loss_of(covariance, demand, kept)
+        assert lost[gone - 1] == pytest.approx(wanted, rel=0.02, abs=2e-3 * whole)
+    assert lost[-1] == pytest.approx(whole, rel=0.02)
+
+
+def test_a_covariance_that_rounding_left_indefinite() -> None:
+    """Wide, of low rank, few large directions: eigenvalues below zero by more than the damping."""
+    generator = torch.Generator().manual_seed(0)
+    count = 192
+    basis, _ = torch.linalg.qr(torch.randn(count, count, generator=generator, dtype=torch.float64))
+    spectrum = torch.full((count,), -1e-4, dtype=torch.float64)
+    spectrum[:6] = torch.tensor([50.0, 20.0, 5.0, 1.0, 0.5, 0.1])
+    covariance = (basis * spectrum) @ basis.T
+    readers = torch.randn(count, 40, generator=generator, dtype=torch.float64)
+    order, lost = eliminate(covariance, readers @ readers.T)
+    assert sorted(order) == list(range(count))
+    assert np.isfinite(lost).all() and (np.diff(lost) >= 0).all()
+    # Six directions hold all there is: all but a few nodes go for next to nothing.
+    assert lost[count - 30] < 0.01 * lost[-1]
