@@ -102,6 +102,7 @@ def _compile(options: argparse.Namespace) -> None:
 
 
 def _color(options: argparse.Namespace) -> None:
+    _check_writable(options.html)
     source = _load(options)
     args, kwargs = source.inputs(options.input)
     coloring = fxfib.color(
@@ -112,6 +113,18 @@ def _color(options: argparse.Namespace) -> None:
         opfiber_eps=options.opfiber_eps,
         example_kwargs=kwargs or None,
     )
+    if options.html:
+        # What a monitor sees before any training.
+        look = fxfib.Monitor(
+            source.module,
+            args,
+            options.eps,
+            opfiber_eps=options.opfiber_eps,
+            criterion="fibration",
+            example_kwargs=kwargs or None,
+        )
+        look.to_html(options.html)
+        _note(f"wrote {options.html}")
     print(json.dumps(coloring.to_dict(), indent=2) if options.json else coloring)
 
 
@@ -308,6 +321,11 @@ def _parser() -> argparse.ArgumentParser:
     color.add_argument("--symmetry", choices=_SYMMETRIES, default="fiber")
     color.add_argument(
         "--opfiber-eps", type=_eps, help="precision of the opfibers; by default that of the fibers"
+    )
+    color.add_argument(
+        "--html",
+        metavar="FILE",
+        help="also write a page: the graph colored by fiber, opfiber and cover",
     )
 
     export = _command(commands, "export", _export, "write a model as ONNX, checked in ONNX Runtime")

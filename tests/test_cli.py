@@ -250,6 +250,19 @@ def test_color(run: Run) -> None:
     assert isinstance(json.loads(out), dict)
 
 
+def test_color_writes_a_page_of_all_symmetries(run: Run, tmp_path: Path) -> None:
+    page = tmp_path / "covers.html"
+    args = ("color", MODEL, "--input", SHAPE, "--symmetry", "cover", "--html", str(page))
+    code, out, err = run(*args)
+    assert code == 0 and "covers at eps 0" in out and str(page) in err
+    text = page.read_text(encoding="utf-8")
+    data = json.loads(text.split('id="data">')[1].split("</script>")[0])
+    assert set(data["frames"]) == {"fiber", "opfiber", "cover"} and data["steps"] == [0]
+    code, _, err = run(*args[:-1], str(tmp_path / "missing" / "covers.html"))
+    assert code != 0
+    assert_one_line_error(err, "missing")
+
+
 def test_color_knows_three_symmetries_only(run: Run) -> None:
     code, _, err = run("color", MODEL, "--input", SHAPE, "--symmetry", "mirror")
     assert code == 2

@@ -106,3 +106,14 @@ def test_long_runs_are_thinned() -> None:
     assert (looks[0], looks[-1]) == (history.looks[0], history.looks[-1])
     assert "240 of 1000 looks" in film(history, "Net", "cosine")
     assert len(thinned(run(looks=7))) == 7
+
+
+@browser
+def test_one_look_is_a_picture(tmp_path: Path) -> None:
+    path = write(run(looks=1), tmp_path / "picture.html")
+    dom, said = opened(path)
+    assert not said, said
+    assert 'data-ready="yes"' in dom and "Net in training" not in dom
+    assert '<option value="opfiber">' in dom
+    for name in ("play", "frame", "speed", "curves-card", "changes"):
+        assert re.search(rf'id="{name}"[^>]*hidden', dom), name

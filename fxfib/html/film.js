@@ -5,8 +5,11 @@ for (const looks of Object.values(DATA.frames))
 const last = DATA.steps.length - 1;
 let frame = last, symmetry = "cover", timer = null;
 
-document.title = `fxfib: ${DATA.model} in training`;
-$("title").textContent = `${DATA.model} in training`;
+// One look is a picture, not a film: nothing plays, and nothing has changed.
+const title = last ? `${DATA.model} in training` : DATA.model;
+for (const name of last ? [] : ["play", "frame", "step", "speed", "curves-card", "changes"]) $(name).hidden = true;
+document.title = `fxfib: ${title}`;
+$("title").textContent = title;
 $("subtitle").textContent = DATA.subtitle;
 $("footer").textContent = "Made by fxfib. This page holds all its data and loads nothing.";
 
