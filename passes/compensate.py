@@ -15,18 +15,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from fxfib.passes.fits import Fit, Moments, recurrent_fits
 from fxfib.passes.forward import module_path
-from fxfib.passes.layout import Reducer
-from fxfib.passes.regression import Regression, positions_of
+from fxfib.passes.regression import positions_of
 from fxfib.passes.rewrite import Rewriter
 from fxfib.passes.rules import find_rule
 from fxfib.passes.rules.base import overloads
+from fxfib.passes.rules.recurrent import Recurrent
 
 BATCH_NORM = set(overloads("batch_norm", "_native_batch_norm_legit_no_training"))
 # Rows beyond this many for each column of a layer's design say little more.
@@ -37,49 +37,6 @@ RIDGE = 1e-2
 
 Batches = Sequence[Sequence[Any]]
 Step = Callable[[str], None]
-
-
-@dataclass
-class Moments:
-    """Sums over all rows so far, in float64: of both sides, and of their products."""
-
-    count: int = 0
-    a: Any = 0.0
-    z: Any = 0.0
-    aa: Any = 0.0
-    az: Any = 0.0
-    zz: Any = 0.0
-
-    def add(self, design: torch.Tensor, response: torch.Tensor) -> None:
-        """Add rows ``[m, d]`` and ``[m, out]``."""
-        self.count += len(design)
-        self.a = self.a + design.sum(0, dtype=torch.float64)
-        self.z = self.z + response.sum(0, dtype=torch.float64)
-        self.aa = self.aa + (design.t() @ design).double()
-        self.az = self.az + (design.t() @ response).double()
-        self.zz = self.zz + response.square().sum(0, dtype=torch.float64)
-
-
-@dataclass
-class Fit:
-    """One layer to fit.
-
-    Attributes:
-        node: the original layer.
-        new: the merged one.
-        regression: how its input meets its weight.
-        rows: how its outputs were merged.
-        level: how many layers have to be fitted before.
-        norm: the batch norm that alone reads the layer, in the small graph.
-    """
-
-    node: fx.Node
-    new: fx.Node
-    regression: Regression
-    rows: Reducer
-    level: int
-    norm: fx.Node | None
-    moments: Moments = field(default_factory=Moments)
 
 
 class Tap(fx.Interpreter):
@@ -137,9 +94,15 @@ def fits_of(rewriter: Rewriter, small: fx.GraphModule) -> tuple[list[Fit], list[
             changed.add(node)
         level = max((levels.get(source, 0) for source in node.all_input_nodes), default=0)
         levels[node] = level
+        rule = None if node in analysis.opaque else find_rule(node)
         if not before:
             continue  # it reads what the original's reads
-        rule = None if node in analysis.opaque else find_rule(node)
+        if isinstance(rule, Recurrent):
+            own = [fit for fit in recurrent_fits(rewriter, node, new, level) if not _shared(fit)]
+            found += own
+            levels[node] = level + bool(own)
+            notes.append(f"{module_path(node)} is fitted on its inputs alone: {node.target}")
+            continue
         regression = None if rule is None else rule.regression(analysis, node)
         if regression is None:
             if rule is not None and any(rule.produces(analysis, node)):
@@ -148,8 +111,17 @@ def fits_of(rewriter: Rewriter, small: fx.GraphModule) -> tuple[list[Fit], list[
         if new.target is not node.target:
             notes.append(f"{module_path(node)} is not fitted: merging made it another op")
             continue
-        shared = [p for p in (regression.weight, regression.bias) if p is not None]
-        if any(p.op != "get_attr" or len(p.users) > 1 for p in shared):
+        readers = list(new.users)
+        norm = readers[0] if len(readers) == 1 and readers[0].target in BATCH_NORM else None
+        rows = rewriter.rows(node, regression.axis)
+        place = list(node.all_input_nodes).index(regression.source)
+        given = list(new.all_input_nodes)[place]
+        at = list(node.all_input_nodes).index(regression.weight)
+        weight = str(list(new.all_input_nodes)[at].target)
+        fit = Fit(
+            node, new, regression, rows, level, norm, given, node, weight, _bias_of(new)
+        )  # fmt: skip
+        if _shared(fit):
             notes.append(
                 f"{module_path(node)} is not fitted: its parameters are shared or computed"
             )
@@ -160,11 +132,14 @@ def fits_of(rewriter: Rewriter, small: fx.GraphModule) -> tuple[list[Fit], list[
             notes.append(f"{module_path(node)} is not fitted: what it works along merged, too")
             continue
         levels[node] = level + 1
-        rows = rewriter.rows(node, regression.axis)
-        readers = list(new.users)
-        norm = readers[0] if len(readers) == 1 and readers[0].target in BATCH_NORM else None
-        found.append(Fit(node, new, regression, rows, level, norm))
+        found.append(fit)
     return found, notes
+
+
+def _shared(fit: Fit) -> bool:
+    """Whether others read the layer's parameters, too, or they are computed."""
+    parameters = [p for p in (fit.regression.weight, fit.regression.bias) if p is not None]
+    return any(p.op != "get_attr" or len(p.users) > 1 for p in parameters)
 
 
 def compensate(
@@ -193,13 +168,12 @@ def compensate(
     with torch.no_grad():
         for level in sorted({fit.level for fit in found}):
             now = [fit for fit in found if fit.level == level]
-            inputs = {fit.node: _operand(fit) for fit in now}
-            theirs = Tap(original, [fit.node for fit in now])
-            ours = Tap(small, inputs.values())
+            theirs = Tap(original, [fit.wanted for fit in now])
+            ours = Tap(small, [fit.given for fit in now])
             for batch in batches:
                 expected, given = theirs.run_on(batch), ours.run_on(batch)
                 for fit in now:
-                    _observe(fit, given[inputs[fit.node]], expected[fit.node], examples)
+                    _observe(fit, given[fit.given], expected[fit.wanted], examples)
             for fit in now:
                 _solve(fit, small, ridge)
                 fit.moments = Moments()
@@ -211,38 +185,27 @@ def _examples(batch: Sequence[Any]) -> int:
     return next((len(t) for t in batch if isinstance(t, torch.Tensor) and t.ndim), 1)
 
 
-def _operand(fit: Fit) -> fx.Node:
-    """What the merged layer reads."""
-    place = list(fit.node.all_input_nodes).index(fit.regression.source)
-    return list(fit.new.all_input_nodes)[place]
-
-
-def _observe(fit: Fit, given: torch.Tensor, expected: torch.Tensor, examples: int) -> None:
+def _observe(fit: Fit, given: Any, expected: Any, examples: int) -> None:
     regression = fit.regression
     small = fit.new.graph.owning_module
     assert small is not None
-    width = regression.matrix(_get(small, _parameter(fit, regression.weight))).shape[1]
+    width = regression.matrix(_get(small, fit.weight)).shape[1]
     most = max(1, -(-max(FEWEST_ROWS, ROWS_PER_COLUMN * width) // examples))
-    positions = positions_of(tuple(expected.shape), regression.axis, most, fit.moments.count)
+    shape = tuple(expected.shape) if isinstance(expected, torch.Tensor) else ()
+    positions = positions_of(shape, regression.axis, most, fit.moments.count)
     design = regression.design(given, positions)
     response = fit.rows.apply(regression.response(expected, positions), 1)
     fit.moments.add(design.float(), response.float())
 
 
-def _parameter(fit: Fit, old: fx.Node) -> str:
-    """The name of the merged parameter in place of an original one."""
-    place = list(fit.node.all_input_nodes).index(old)
-    return str(list(fit.new.all_input_nodes)[place].target)
-
-
 def _solve(fit: Fit, small: fx.GraphModule, ridge: float) -> None:
     regression, moments = fit.regression, fit.moments
-    name = _parameter(fit, regression.weight)
+    name = fit.weight
     old = _get(small, name)
     start = regression.matrix(old).double()
     count = moments.count
     mean_a, mean_z = moments.a / count, moments.z / count
-    bias_name = _bias_of(fit)
+    bias_name = fit.bias
     # Batch norm takes up a shift, as a bias does; without either there is none.
     centred = bias_name is not None or fit.norm is not None
     shift_a, shift_z = (mean_a, mean_z) if centred else (0 * mean_a, 0 * mean_z)
@@ -282,19 +245,15 @@ def _renormalise(
     _set(small, names[1], var.double() * torch.where(before > 1e-12, factor, 1.0))
 
 
-def _bias_of(fit: Fit) -> str | None:
+def _bias_of(node: fx.Node) -> str | None:
     """The name of the merged layer's own bias."""
-    target = fit.new.target
-    names = [a.name for a in target._schema.arguments]  # type: ignore[union-attr]
-    place = (
-        names.index("self" if "addmm" in str(target) else "bias")
-        if ("bias" in names or "addmm" in str(target))
-        else None
-    )
-    if place is None:
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    own = "self" if "addmm" in str(node.target) else "bias"
+    if own not in names:
         return None
-    node = fit.new.args[place] if place < len(fit.new.args) else fit.new.kwargs.get("bias")
-    return str(node.target) if isinstance(node, fx.Node) else None
+    place = names.index(own)
+    bias = node.args[place] if place < len(node.args) else node.kwargs.get("bias")
+    return str(bias.target) if isinstance(bias, fx.Node) else None
 
 
 def _get(module: nn.Module, name: str) -> torch.Tensor:

@@ -248,3 +248,49 @@ def test_a_layer_along_an_axis_that_merged_is_left_alone() -> None:
     small = fxfib.compile(model, 0.1, (torch.randn(6, 7, 5),))
     assert small.channels.out_features < 11 and small.tokens.out_features < 9
     assert any("back is not fitted: what it works along" in n for n in small.fibration.notes)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("bias", [True, False])
+def test_recurrent_layers_are_fitted_on_their_inputs(kind: type[nn.RNNBase], bias: bool) -> None:
+    """What is read of two nodes, one twice the other, is made up for by the one that is left."""
+    torch.manual_seed(3)
+
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(5, 7)
+            self.layer = kind(7, 11, batch_first=True, bias=bias)
+            self.last = nn.Linear(11, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.layer(self.first(x).tanh())[0][:, -1])
+
+    model, x = Reader().eval(), torch.randn(300, 6, 5)
+    options = {"criterion": "energy", "calibration": x}
+    fitted, plain = (
+        fxfib.compile(model, {"first": 0.2}, (x[:9],), compensate=fit, **options)
+        for fit in (True, False)
+    )
+    assert fitted.get_submodule("first").out_features < 7
+    assert "fitted on its inputs alone" in " ".join(fitted.fibration.notes)
+    y = torch.randn(200, 6, 5)
+    with torch.no_grad():
+        fit, off = ((small(y) - model(y)).norm() for small in (fitted, plain))
+        weight = fitted.get_submodule("layer").weight_ih_l0
+    assert fit < 0.6 * off
+    # By hand, from the values of both networks.
+    with torch.no_grad():
+        a = fitted.get_submodule("first")(x).tanh().flatten(0, 1).double()
+        h = model.first(x).tanh().flatten(0, 1).double()
+        z = h @ model.layer.weight_ih_l0.double().t()
+        if bias:
+            z = z + model.layer.bias_ih_l0
+        second = a.t() @ a / len(a)
+        merged = plain.get_submodule("layer").weight_ih_l0.double()
+        means = (a.mean(0), z.mean(0)) if bias else (0 * a.mean(0), 0 * z.mean(0))
+        ridge = RIDGE * second.diagonal().mean() * torch.eye(len(second)).double()
+        gram = second - torch.outer(means[0], means[0]) + ridge
+        cross = a.t() @ z / len(a) - torch.outer(*means) + ridge @ merged.t()
+        wanted = torch.linalg.solve(gram, cross).t()
+    torch.testing.assert_close(weight.double(), wanted, rtol=1e-3, atol=1e-4)
