@@ -40,6 +40,7 @@ from tables import read, write
 from tqdm import tqdm
 
 FRACTIONS = (0.9, 0.7, 0.5, 0.3, 0.17, 0.1, 0.05, 0.025)
+METHODS = ("fxfib", *OTHERS, *PRUNERS)
 KINDS = ("none", "noise", "noise-refined", "images", "refined", "trained")
 COLUMNS = (
     "network", "seed", "method", "compensation", "target", "parameters", "fraction", "macs",
@@ -102,8 +103,12 @@ def plot(rows: list[dict[str, Any]], folder: Path) -> None:
                         points.setdefault(float(row["target"]), []).append(float(row["accuracy"]))
                 shares = sorted(points)
                 values = [statistics.median(points[s]) for s in shares]
-                panel.plot(shares, values, marker="o", ms=3, label=method)
-            panel.set(title=f"{network}: {kind}", xscale="log", xlabel="parameters kept")
+                color = f"C{METHODS.index(method)}"  # the same in every panel
+                panel.plot(shares, values, marker="o", ms=3, label=method, color=color)
+            panel.set(title=f"{network}: {kind}", xscale="log", xlabel="parameters kept in %")
+            ticks = sorted({float(r["target"]) for r in chosen})
+            panel.minorticks_off()
+            panel.set_xticks(ticks, [f"{100 * tick:g}" for tick in ticks])
             panel.legend(fontsize=7)
         panels[0][0].set_ylabel("test accuracy in %, median")
         figure.tight_layout()
