@@ -38,14 +38,14 @@ def shrink(model: nn.Module, images: Tensor, setting: Setting, options: Options)
 
 
 def backprop(model: nn.Module, images: Tensor, setting: Setting, options: Options) -> Made:
-    """Continual backpropagation."""
-    optimizer = _optimizer(model, setting)
+    """Continual backpropagation; with weight decay, if asked for."""
+    optimizer = _optimizer(model, setting, options.pop("decay", 0.0))
     return optimizer, fxfib.ContinualBackpropagation(model, optimizer, (images,), **options)
 
 
 def breaking(model: nn.Module, images: Tensor, setting: Setting, options: Options) -> Made:
-    """Covers are broken."""
-    optimizer = _optimizer(model, setting)
+    """Covers are broken; with weight decay, if asked for."""
+    optimizer = _optimizer(model, setting, options.pop("decay", 0.0))
     return optimizer, fxfib.SymmetryBreaker(model, optimizer, (images,), **options)
 
 
@@ -61,11 +61,19 @@ OPTIONS: dict[str, list[Options]] = {
         {"shrink": s, "perturb": p}
         for s, p in ((1e-5, 1e-4), (1e-5, 1e-3), (1e-4, 1e-3), (1e-4, 1e-4))
     ],
-    "backprop": [{"replacement_rate": rate} for rate in (3e-4, 3e-5, 1e-4, 1e-3, 3e-3, 1e-2)],
+    "backprop": [
+        *({"replacement_rate": rate} for rate in (3e-4, 3e-5, 1e-4, 1e-3, 3e-3, 1e-2)),
+        {"replacement_rate": 3e-3, "maturity": 1000},
+        {"replacement_rate": 1e-3, "decay": 3e-4},
+    ],
     "breaking": [
         {"criterion": "energy", "every": 50, "examples": 256, "replacement_rate": rate, "eps": eps}
-        for rate, eps in (
-            (1e-2, 1e-3), (1e-2, 1e-4), (1e-2, 3e-3), (1e-3, 1e-3), (3e-3, 1e-3), (3e-3, 1e-4),
+        | more
+        for rate, eps, more in (
+            (1e-2, 1e-3, {}), (1e-2, 1e-4, {}), (1e-2, 3e-3, {}), (1e-3, 1e-3, {}),
+            (3e-3, 1e-3, {}), (3e-3, 1e-4, {}), (3e-3, 1e-6, {}), (3e-3, 1e-2, {}),
+            (3e-3, 1e-3, {"maturity": 1000}), (1e-2, 1e-3, {"maturity": 1000}),
+            (3e-3, 1e-3, {"decay": 3e-4}),
         )
     ],
     "covers": [

@@ -41,6 +41,16 @@ def setting(bench: Any, **changed: Any) -> Any:
     return bench.continual_tasks.Setting(stream, network, **made)
 
 
+@pytest.mark.parametrize("method", ["backprop", "breaking"])
+def test_weight_decay_can_go_with_both_ways_to_renew_nodes(bench: Any, method: str) -> None:
+    own = setting(bench)
+    made = bench.continual_methods.METHODS[method]
+    for decay in (0.0, 0.25):
+        model = own.network()
+        optimizer, _ = made(model, torch.randn(5, 6), own, dict(EAGER[method], decay=decay))
+        assert [group["weight_decay"] for group in optimizer.param_groups] == [decay]
+
+
 def plain(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     """What does not depend on the clock."""
     return [{k: str(v) for k, v in r.items() if "seconds" not in k} for r in rows]
@@ -48,7 +58,7 @@ def plain(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
 
 EAGER = {
     "sgd": {}, "l2": {"decay": 1e-3}, "shrink": {"shrink": 1e-3, "perturb": 1e-2},
-    "backprop": {"replacement_rate": 0.05, "maturity": 4},
+    "backprop": {"replacement_rate": 0.05, "maturity": 4, "decay": 1e-3},
     "breaking": {"criterion": "energy", "eps": 1e-2, "every": 2, "maturity": 4,
                  "replacement_rate": 0.05, "examples": 50},
     "covers": {"criterion": "cosine", "eps": 0.8, "every": 5, "maturity": 4,
