@@ -81,7 +81,8 @@ def channel_by_channel(analysis: Colored, ref: Ref) -> list[Ref]:
 def layers(analysis: Colored, forward: list[fx.Node]) -> list[list[tuple[str, Ref]]]:
     """The axes of nodes that layers make, by name; calls that share the nodes' weights together.
 
-    A table that is read along both of its axes (embedding and tied head) makes other nodes there.
+    A table that is read along both of its axes (embedding and tied head) makes other nodes there;
+    so do parts of one matrix, constants of their own (packed projections of an attention).
     """
     found: dict[Any, list[tuple[str, Ref]]] = {}
     count: dict[str, int] = {}
@@ -93,7 +94,8 @@ def layers(analysis: Colored, forward: list[fx.Node]) -> list[list[tuple[str, Re
                 name = f"{base} ({part})" if part else base
                 count[name] = count.get(name, 0) + 1
                 key = name if count[name] == 1 else f"{name} (call {count[name]})"
-                found.setdefault((name, _made_by(analysis, ref)), []).append((key, ref))
+                made = name, _made_by(analysis, ref), size_of(analysis, ref)
+                found.setdefault(made, []).append((key, ref))
     return list(found.values())
 
 

@@ -63,6 +63,24 @@ def test_a_tied_table_has_nodes_on_both_axes(tokens: int) -> None:
         assert found["table (call 2)"].tolist() == list(range(tokens)), symmetry
 
 
+class Crossed(nn.Module):
+    """Attention to another input: queries, and keys and values together, from one matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.attention(x, y, y)[0]
+
+
+@pytest.mark.parametrize("symmetry", ["opfiber", "cover"])
+def test_parts_of_a_packed_projection_are_other_nodes(symmetry: str) -> None:
+    inputs = torch.randn(2, 3, 6), torch.randn(2, 4, 6)
+    found = fxfib.color(Crossed(), inputs, symmetry=symmetry).labels
+    assert sorted(map(len, found.values())) == [6, 6, 12]
+
+
 class FromZeros(nn.Module):
     """A cell called step by step, without a first state."""
 
