@@ -117,8 +117,8 @@ class Longer:
             most = max(1, round(MOVE * self.curves[group].size))
             gone[group] += sign * self.generator.integers(0, most + 1)
         gone = gone.clip(0, self.most)
-        nodes = [curve.node for curve in self.curves]
-        eps = self.search.workshop.eps_for(dict(zip(nodes, map(int, gone), strict=True)))
+        refs = [curve.ref for curve in self.curves]
+        eps = self.search.workshop.eps_for(dict(zip(refs, map(int, gone), strict=True)))
         size = self.search._made(eps, None, measure=False).parameters
         if size >= self.best.parameters:
             return

@@ -29,7 +29,7 @@ class Pruned(Policy):
         value = {"l1": np.abs(rows).sum(1), "l2": np.square(rows).sum(1),
                  "random": self.generator.random(size)}[self.score]  # fmt: skip
         labels = exact.labels.copy()
-        labels[np.argsort(value)[: self.gone.get(node, 0)]] = ZERO
+        labels[np.argsort(value)[: self.gone.get((node, form.axis), 0)]] = ZERO
         return Factor(exact.axes, labels, np.ones(size), exact.space)
 
 
@@ -86,7 +86,7 @@ def test_pruning_as_many_nodes_is_no_better(network: str, compensate: bool, shar
         compensate=compensate,
     )  # fmt: skip
     curves = curves_of(workshop.graph_module, workshop.guide)
-    gone = {c.node: round(share * c.size) for c in curves if not _is_output(c.node)}
+    gone = {c.ref: round(share * c.size) for c in curves if not _is_output(c.ref[0])}
     assert len(gone) == 2
     wanted = model(X).detach()
 
