@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +191,7 @@ def benchmark(
         VerifyError: a runtime computes something else than torch.
     """
     model, small = unwrap(model), unwrap(small)
-    _check(model, small, runtimes, rounds, threads, batch_sizes)
+    _check(model, small, runtimes, rounds, threads, batch_sizes, devices)
     args, kwargs = normalize_inputs(model, example_inputs, example_kwargs)
     found = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     own = int(found[0].shape[0]) if found and found[0].ndim else 1
@@ -206,6 +207,10 @@ def benchmark(
         tqdm(total=total, desc="benchmark", disable=hidden, leave=False) as bar,
     ):
         for place in places:
+            if place.startswith("cuda") and not torch.cuda.is_available():
+                skipped[place] = "there is no CUDA device here"
+                bar.update(len(runtimes) * len(sizes))
+                continue
             pair = tuple(copy.deepcopy(module).to(place).eval() for module in (model, small))
             for runtime in runtimes:
                 bar.set_postfix_str(f"{runtime} on {place}")
@@ -236,23 +241,35 @@ def _check(
     rounds: int,
     threads: int | None,
     batch_sizes: Sequence[int] | None,
+    devices: Sequence[str] | None,
 ) -> None:
     for name, module in (("model", model), ("small", small)):
         if any(
             part.training for part in module.modules() if next(part.parameters(), None) is not None
         ):
             raise InputError(f"{name} is in training mode; call eval() first.")
-    unknown = [name for name in runtimes if name not in RUNTIMES]
-    if unknown or not runtimes:
-        known = ", ".join(map(repr, RUNTIMES))
-        raise InputError(f"unknown runtime {(unknown or ['nothing'])[0]!r}; known: {known}.")
+    for what, names, every in (
+        ("runtime", runtimes, RUNTIMES),
+        ("device", devices, ("cpu", "cuda")),
+    ):
+        if names is None:
+            continue
+        known = ", ".join(map(repr, every))
+        if isinstance(names, str) or not names:
+            raise InputError(f"{what}s must be a list of one or more of {known}, not {names!r}.")
+        unknown = [name for name in names if str(name).partition(":")[0] not in every]
+        if unknown:
+            raise InputError(f"unknown {what} {unknown[0]!r}; known: {known}.")
+    if batch_sizes is not None and not isinstance(batch_sizes, Sequence):
+        raise InputError(f"batch_sizes must be a list of whole numbers, not {batch_sizes!r}.")
     numbers = [
         ("rounds", rounds),
         ("threads", threads),
         *(("batch_sizes", b) for b in batch_sizes or ()),
     ]
     for name, number in numbers:
-        if number is not None and (isinstance(number, bool) or int(number) != number or number < 1):
+        whole = isinstance(number, Integral) and not isinstance(number, bool)
+        if number is not None and (not whole or number < 1):
             raise InputError(f"{name} must be positive whole numbers, not {number!r}.")
 
 

@@ -81,18 +81,22 @@ def remembered(
     examples = normalize_inputs(captured.source, example_inputs, example_kwargs)
     leaves = pytree.tree_leaves(examples)
     places = _batched(captured)
-    size = next((len(leaves[place]) for place in places), 1)
-    count = examples_for(captured.graph_module, size)
+    count = examples_for(captured.graph_module, _batch_size(captured))
     noise = list(synthetic(captured, leaves, count=count, together=TOGETHER))
     return matched(captured.graph_module, noise, places)
 
 
 def norms_known(captured: Captured) -> bool:
-    """Whether batch norms know what floating inputs are like, that come in batches."""
+    """Whether batch norms know what floating inputs are like, that come in batches.
+
+    Not where a network is so large that making such inputs would take minutes.
+    """
     nodes = _placeholders(captured)
     values = [nodes[place].meta["val"] for place in _batched(captured)]
-    return any(v.is_floating_point() for v in values) and bool(
-        norms_that_know(captured.graph_module)
+    return (
+        any(v.is_floating_point() for v in values)
+        and bool(norms_that_know(captured.graph_module))
+        and examples_for(captured.graph_module, _batch_size(captured)) > 0
     )
 
 
@@ -170,6 +174,13 @@ def _batched(captured: Captured) -> list[int]:
         and value.ndim
         and not isinstance(value.shape[0], int)
     ]
+
+
+def _batch_size(captured: Captured) -> int:
+    """Of the example inputs."""
+    nodes = _placeholders(captured)
+    sizes = [hint(nodes[place].meta["val"].shape[0]) for place in _batched(captured)]
+    return sizes[0] if sizes else 1
 
 
 def synthetic(

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxfib.binding import Bound, bind
-from fxfib.errors import FxfibError, InputError, RefusedError
+from fxfib.binding import Bound, Roles, bind, roles_of
+from fxfib.errors import FxfibError, InputError
 from fxfib.report import Report
 
 log = logging.getLogger("fxfib")
@@ -169,8 +169,9 @@ def backend(
             (under ``torch.no_grad()``): it may, as weights that change are merged again.
         watch: ``"version"`` notices whatever autograd or the address in memory shows: optimizer
             steps, ``load_state_dict``, ``copy_``, new parameters, another instance of the class.
-            Writes through ``tensor.data`` (``w.data.mul_(2)``) show in neither: ``"values"``
-            notices them too; it holds a copy of the weights and reads all of them in every call.
+            Writes past autograd (``w.data.mul_(2)``, through numpy or a storage) show in neither:
+            ``"values"`` notices them too; it holds a copy of the weights and reads all of them in
+            every call.
         on_graph: is called with every :class:`GraphRecord`.
 
     Raises:
@@ -214,10 +215,13 @@ def compile_graph(
     if note:
         options.record(graph_module, None, note)
         return options.run_inner(graph_module, example_inputs, mode)
-    bound = bind(graph_module, example_inputs)
+    roles = roles_of(graph_module, example_inputs)
+    if _unwatched(roles, example_inputs):
+        note = "weights made in inference mode do not show when they change"
+        options.record(graph_module, None, note)
+        return options.run_inner(graph_module, example_inputs, mode)
+    bound = bind(graph_module, example_inputs, roles)
     try:
-        if any(example_inputs[position].is_inference() for position in bound.roles.weights):
-            raise RefusedError("weights made in inference mode do not show when they change.")
         small, report = _merge(options, bound)
     except FxfibError as error:
         options.record(graph_module, None, str(error))
@@ -229,6 +233,11 @@ def compile_graph(
     weights = _Weights(bound, example_inputs, options.watch)
     run = options.run_inner(small, bound.inputs, mode)
     return MergedGraph(options, graph_module, bound, mode, weights, run)
+
+
+def _unwatched(roles: Roles, arguments: Sequence[Any]) -> bool:
+    """Whether a weight was made in inference mode: autograd does not count its changes."""
+    return any(arguments[position].is_inference() for position in roles.weights)
 
 
 def _merge(options: Backend, bound: Bound) -> tuple[fx.GraphModule, Report]:
@@ -303,6 +312,8 @@ class _Weights:
         # nothing once its tensor is gone, as another may get the same.
         self.alive = True
         self.references = [weakref.ref(tensor, self.gone) for tensor in tensors]
+        # Nor does an address once its memory was given back: `t.data = ...` twice may end there.
+        self.references += [weakref.ref(t.untyped_storage(), self.gone) for t in tensors]
         self.state = _State(tensors)
         # Tensors that the graph held before anything was bound are watched as they are.
         given = set(self.state.addresses)
@@ -399,17 +410,23 @@ class MergedGraph:
                 "(compile the model when it is trained)",
                 MOST_MERGES,
             )
+        if _unwatched(self.roles, arguments):
+            return _Merge(self.latest.weights, self.run_original(), True)
         bound = bind(self.graph_module, arguments, self.roles)
         weights = _Weights(bound, arguments, self.options.watch)
         merge = None
         if self.changes < MOST_MERGES:
             merge = self.try_again(weights, bound)
         if merge is None:
-            if self.original is None:
-                self.original = self.options.compile_again(self.graph_module, self.mode)
-            merge = _Merge(weights, self.original, True)
+            merge = _Merge(weights, self.run_original(), True)
         self.merges.append(merge)
         return merge
+
+    def run_original(self) -> Callable[..., Any]:
+        """The graph as it was captured, compiled once."""
+        if self.original is None:
+            self.original = self.options.compile_again(self.graph_module, self.mode)
+        return self.original
 
     def try_again(self, weights: _Weights, bound: Bound) -> _Merge | None:
         """The merge of other weights; None where it is refused."""

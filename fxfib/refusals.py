@@ -95,6 +95,11 @@ def _refuse_name(path: str) -> None:
             f"the name {path} holds {word!r}, a word of Python's own, which torch.fx cannot write; "
             "rename that module."
         )
+    if any(character in path for character in '"\\\n\r'):
+        raise RefusedError(
+            f"the name {path!r} holds a quote, a backslash or a line break, which torch.fx cannot "
+            "write; rename that module."
+        )
 
 
 def _refuse_tensor(kind: str, name: str, tensor: Tensor) -> None:

@@ -26,8 +26,9 @@ from fxfib.passes.rules.base import hint
 
 STEPS = 24
 RATE = 0.1
-# Multiply-accumulates to spend, a step being three times those of a run; and how many examples.
-WORK = 1e13
+# Multiply-accumulates to spend, a step being three times those of a run (under a minute on one
+# core); and how many examples.  A network of which that makes fewer is not worth the wait.
+WORK = 2e12
 FEWEST, MOST = 32, 256
 # Examples that have the statistics together.
 TOGETHER = 128
@@ -82,9 +83,10 @@ def norms_that_know(graph_module: fx.GraphModule) -> list[fx.Node]:
 
 
 def examples_for(graph_module: fx.GraphModule, batch: int) -> int:
-    """How many examples the work allows."""
+    """How many examples the work allows; 0 where they are too few to tell anything."""
     one = max(macs_of(graph_module) / max(batch, 1), 1.0)
-    return int(min(MOST, max(FEWEST, WORK / (3 * STEPS * one))))
+    count = int(min(MOST, WORK / (3 * STEPS * one)))
+    return count if count >= FEWEST else 0
 
 
 def matched(

@@ -140,7 +140,9 @@ class Workshop:
     @cached_property
     def energy(self) -> EnergyPolicy:
         """Colors by the energy that readers lose, whatever the eps."""
-        return self.guide if self.like_data else EnergyPolicy(0.0, self.outlook)
+        # What is measured is who can be done without once the others are fitted.
+        measured = self.calibration is not None or (self.like_data and self.compensate)
+        return self.guide if measured else EnergyPolicy(0.0, self.outlook)
 
     @cached_property
     def guide(self) -> CalibratedPolicy:

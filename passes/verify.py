@@ -50,7 +50,8 @@ def difference(expected: Sequence[Any], found: Sequence[Any]) -> Difference:
             continue
         if a.numel() == 0:
             continue
-        wide_a, wide_b = a.to(torch.float64), b.to(torch.float64)
+        wide = torch.complex128 if a.dtype.is_complex else torch.float64
+        wide_a, wide_b = a.to(wide), b.to(wide)
         finite = torch.isfinite(wide_a)
         if not torch.equal(finite, torch.isfinite(wide_b)):
             return infinite

@@ -107,7 +107,12 @@ def test_what_cannot_be_measured_says_why():
     ("options", "message"),
     [
         ({"runtimes": ["tensorrt"]}, "unknown runtime 'tensorrt'"),
-        ({"runtimes": []}, "unknown runtime"),
+        ({"runtimes": []}, "runtimes must be a list"),
+        ({"runtimes": "torch"}, "runtimes must be a list"),
+        ({"devices": "cpu"}, "devices must be a list"),
+        ({"devices": ["tpu"]}, "unknown device 'tpu'"),
+        ({"batch_sizes": 3}, "batch_sizes must be a list"),
+        ({"threads": "a"}, "threads must be"),
         ({"rounds": 0}, "rounds must be"),
         ({"batch_sizes": [0]}, "batch_sizes must be"),
         ({"threads": 1.5}, "threads must be"),

@@ -410,6 +410,37 @@ def test_inductor():
     assert len(sizes(backend)) == before + 1 and not kept(backend)
 
 
+def test_memory_that_was_given_back_is_not_taken_for_the_weights():
+    """``data`` is set twice between calls: the second may lie where the first weights lay."""
+    inputs = torch.randn(2, 3, 8, 8)
+    for _ in range(20):
+        model = Net().eval()
+        run = torch.compile(model, backend=fxfib.backend(inner="eager"))
+        with torch.no_grad():
+            run(inputs)
+            model.head.weight.data = 2.0 * model.head.weight.data
+            model.head.weight.data = 2.0 * model.head.weight.data
+            torch.testing.assert_close(run(inputs), model(inputs), rtol=1e-4, atol=1e-4)
+        torch._dynamo.reset()
+
+
+def test_weights_made_in_inference_mode_are_left_as_they_are():
+    inputs = torch.randn(2, 3, 8, 8)
+    with torch.inference_mode():
+        model = Net().eval()
+        backend = fxfib.backend(inner="eager")
+        run = torch.compile(model, backend=backend)
+        torch.testing.assert_close(run(inputs), model(inputs))
+    assert "inference mode" in kept(backend)[0]
+    model, backend = Net().eval(), fxfib.backend(inner="eager")
+    run = torch.compile(model, backend=backend)
+    with torch.inference_mode():
+        torch.testing.assert_close(run(inputs), model(inputs), rtol=1e-4, atol=1e-4)
+        model.head.weight = nn.Parameter(2.0 * model.head.weight, requires_grad=False)
+        for _ in range(2):
+            torch.testing.assert_close(run(inputs), model(inputs), rtol=1e-4, atol=1e-4)
+
+
 def test_inductor_may_freeze_weights_as_changes_are_seen():
     model, inputs = Net().eval(), torch.randn(2, 3, 8, 8)
     backend = fxfib.backend(inner_options={"freezing": True})

@@ -135,3 +135,14 @@ def test_signals_several_inputs_and_other_dtypes(dtype: torch.dtype) -> None:
         assert float(observer.gap(made)) < 0.3 * float(observer.gap(noise))
     small = fxfib.tune(model, example_inputs=(x[:2], index[:2]), params=0.7)
     assert small(x, index).isfinite().all()
+
+
+def test_a_network_too_large_for_that_is_fitted_on_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images = network(), data(4, 1)
+    assert Workshop(model, (images,)).like_data
+    # As if no work were allowed at all.
+    monkeypatch.setattr("fxfib.synthesis.WORK", 1.0)
+    large = Workshop(model, (images,))
+    assert not large.like_data
+    small = fxfib.compile(model, 0.3, (images,), criterion="energy")
+    assert small.fibration.parameters_after < small.fibration.parameters_before

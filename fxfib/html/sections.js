@@ -197,7 +197,7 @@ function chart(series, options) {
   $("curve-card").hidden = !points.length;
   if (!points.length) return;
   // One place for every eps: a scale that holds 0 and five powers of ten has no other.
-  const percent = (value) => +(100 * value).toPrecision(3) + " %";
+  const percent = (value) => (value && Math.abs(value) < 1e-5 ? (100 * value).toExponential(0) : String(+(100 * value).toPrecision(3))) + " %";
   const eps = (place) => String(+points[Math.min(points.length - 1, Math.max(0, Math.round(place)))].eps.toPrecision(3));
   const about = (point) => `${short(point.parameters)} parameters, ${short(point.macs)} multiply-accumulates`;
   for (const [name, key] of [["parameters kept", "parameters_kept"], ["relative error", "error"]]) {
