@@ -262,7 +262,7 @@ def _check(
             raise InputError(f"unknown {what} {unknown[0]!r}; known: {known}.")
     if batch_sizes is not None and not isinstance(batch_sizes, Sequence):
         raise InputError(f"batch_sizes must be a list of whole numbers, not {batch_sizes!r}.")
-    numbers = [
+    numbers: list[tuple[str, Any]] = [
         ("rounds", rounds),
         ("threads", threads),
         *(("batch_sizes", b) for b in batch_sizes or ()),
