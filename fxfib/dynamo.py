@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo.convert_frame import compile_lock
 
 from fxfib.binding import Bound, Roles, bind, roles_of
 from fxfib.errors import FxfibError, InputError
@@ -388,7 +389,8 @@ class MergedGraph:
         """Run on the arguments of the original graph."""
         merge = self.latest
         if not merge.weights.unchanged(arguments):
-            with self.lock:
+            # Merging exports, and torch traces one thread at a time: Dynamo's lock is for that.
+            with compile_lock, self.lock:
                 merge = self.find(arguments) or self.merge_again(arguments)
             self.latest = merge
         if merge.whole:

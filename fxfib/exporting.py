@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import logging
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -174,18 +175,35 @@ def _explain(model: nn.Module, error: Exception) -> CaptureError:
     return explained
 
 
+class _Silence:
+    """Streams, warnings and log belong to the whole process: threads that want quiet share it.
+
+    Each with a redirection of its own, the one that leaves last would put back what the other had
+    put there, and the process would never print again.
+    """
+
+    lock = threading.Lock()
+    users = 0
+    stack = contextlib.ExitStack()
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """No warnings, log lines or printed graphs: what matters is in the notes and the errors."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
+    with _Silence.lock:
+        if _Silence.users == 0:
+            stack = _Silence.stack = contextlib.ExitStack()
+            stack.callback(logging.disable, logging.root.manager.disable)
+            logging.disable(logging.ERROR)
+            stack.enter_context(warnings.catch_warnings())
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
             warnings.simplefilter("ignore")
-            yield
+        _Silence.users += 1
+    try:
+        yield
     finally:
-        logging.disable(previous)
+        with _Silence.lock:
+            _Silence.users -= 1
+            if _Silence.users == 0:
+                _Silence.stack.close()

@@ -1,7 +1,5 @@
 """ONNX export that is checked in ONNX Runtime before anyone sees the file."""
 
-import contextlib
-import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -211,7 +209,7 @@ def _export(
             with (
                 shapes_of_recurrent_layers(),
                 no_loops(),
-                contextlib.redirect_stdout(io.StringIO()),
+                quiet(),
             ):
                 exported = torch.onnx.export(
                     program,

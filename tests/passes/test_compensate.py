@@ -106,10 +106,9 @@ def test_compensation_comes_nearer_on_inputs_it_has_not_seen(criterion: str) -> 
     model = network()
     inputs = torch.randn(600, 3, 8, 8)
     eps = {"fibration": 0.35, "cosine": 0.9, "energy": 0.3}[criterion]
-    calibration = inputs[:500] if criterion != "energy" else None
     small, plain = (
         fxfib.compile(
-            model, eps, (inputs[:2],), criterion=criterion, calibration=calibration, compensate=on
+            model, eps, (inputs[:2],), criterion=criterion, calibration=inputs[:500], compensate=on
         )
         for on in (True, False)
     )
