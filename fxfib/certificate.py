@@ -18,7 +18,13 @@ from fxfib.passes.groups import groups_of
 from fxfib.passes.picture import layers_of
 from fxfib.passes.plan import Plan
 from fxfib.passes.rules.base import hint
-from fxfib.passes.verify import TOLERANCE, Difference, difference, run_float64
+from fxfib.passes.verify import (
+    TOLERANCE,
+    Difference,
+    difference,
+    full_precision,
+    run_float64,
+)
 from fxfib.report import Report
 
 
@@ -82,7 +88,7 @@ def verified(
         VerifyError: at eps = 0, a relative error above the tolerance of the coarsest dtype.
     """
     args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), inputs)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), full_precision(captured.source):
         torch.manual_seed(0)
         expected = pytree.tree_leaves(captured.source(*args, **kwargs))
         args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), inputs)

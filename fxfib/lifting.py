@@ -21,7 +21,7 @@ from fxfib.modules import FibrationModule, raise_modules, unshare
 from fxfib.passes.forward import Analysis
 from fxfib.passes.plan import Plan, tied_tables
 from fxfib.passes.rewrite import Rewriter
-from fxfib.passes.verify import TOLERANCE, difference
+from fxfib.passes.verify import TOLERANCE, difference, full_precision
 from fxfib.workshop import skip_patterns, skipped_nodes
 
 # Larger changes of the columns leave nothing of float32 after the sum.
@@ -85,7 +85,7 @@ def lift(
     lifted = raise_modules(Rewriter(plan).run(), captured)
     if verify:
         args, kwargs = normalize_inputs(captured.source, example_inputs, example_kwargs)
-        with torch.no_grad():
+        with torch.no_grad(), full_precision(captured.source):
             expected = torch.utils._pytree.tree_leaves(captured.source(*args, **kwargs))
             found = torch.utils._pytree.tree_leaves(lifted(*args, **kwargs))
         gap = difference(expected, found).relative

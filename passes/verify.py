@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 #: Largest relative error (against the largest absolute output) of an exact compile.  One table.
 TOLERANCE = {
@@ -29,6 +30,23 @@ class Difference:
 
     absolute: float
     relative: float
+
+
+@contextlib.contextmanager
+def full_precision(model: nn.Module) -> Iterator[None]:
+    """On CUDA torch lets convolutions round float32 to ten bits (TF32), which is more than an exact
+    result may differ by: not in here.  Elsewhere nothing of torch is touched.
+    """
+    if not any(parameter.is_cuda for parameter in model.parameters()):
+        yield
+        return
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32 = matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
 def difference(expected: Sequence[Any], found: Sequence[Any]) -> Difference:

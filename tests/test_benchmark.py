@@ -98,7 +98,9 @@ def test_what_cannot_be_measured_says_why():
             return self.layer(value).view(4, 3)
 
     model = OneSize().eval()
-    found = fxfib.benchmark(model, model, torch.randn(4, 7), runtimes=["torch"], rounds=1)
+    found = fxfib.benchmark(
+        model, model, torch.randn(4, 7), runtimes=["torch"], devices=["cpu"], rounds=1
+    )
     assert [row.batch for row in found.rows] == [4]
     assert "batch size 1" in found.skipped and "batch size 1" in str(found)
 
@@ -138,7 +140,9 @@ def test_work_of_another_model_is_not_told():
 @pytest.mark.slow
 def test_torch_compile_is_measured():
     model, inputs = network(), torch.randn(2, 7)
-    found = fxfib.benchmark(model, model, inputs, runtimes=["torch.compile"], rounds=2)
+    found = fxfib.benchmark(
+        model, model, inputs, runtimes=["torch.compile"], devices=["cpu"], rounds=2
+    )
     assert [row.batch for row in found.rows] == [1, 2], found.skipped
 
 
@@ -156,8 +160,9 @@ def test_several_inputs_and_nested_outputs():
     kwargs = {"scale": torch.rand(3, 1, 4)}
     small = fxfib.compile(model, 0.0, (torch.randn(3, 6, 5),), kwargs)
     found = fxfib.benchmark(
-        model, small, (torch.randn(3, 6, 5),), kwargs, runtimes=FAST, batch_sizes=[2, 3], rounds=1
-    )
+        model, small, (torch.randn(3, 6, 5),), kwargs, runtimes=FAST, devices=["cpu"],
+        batch_sizes=[2, 3], rounds=1,
+    )  # fmt: skip
     assert len(found.rows) == 4 and not found.skipped, found.skipped
 
 
@@ -174,7 +179,10 @@ def test_command_line(tmp_path, capsys, monkeypatch):
         main([*common, "--batch", "1", "2", "--csv", str(rows), "--html", str(page), "--json"]) == 0
     )
     printed = json.loads(capsys.readouterr().out)
-    assert [row["batch"] for row in printed["rows"]] == [1, 2]
-    assert len(rows.read_text().splitlines()) == 3 and "original_ms" in page.read_text()
+    assert [row["batch"] for row in printed["rows"] if row["device"] == "cpu"] == [1, 2]
+    assert (
+        len(rows.read_text().splitlines()) == 1 + len(printed["rows"])
+        and "original_ms" in page.read_text()
+    )
     with pytest.raises(SystemExit, match="2"):
         main([*common, "--rounds", "0"])
