@@ -257,7 +257,8 @@ def _check(
         known = ", ".join(map(repr, every))
         if isinstance(names, str) or not names:
             raise InputError(f"{what}s must be a list of one or more of {known}, not {names!r}.")
-        unknown = [name for name in names if str(name).partition(":")[0] not in every]
+        kinds = [n.partition(":")[0] if what == "device" else n for n in map(str, names)]
+        unknown = [name for name, kind in zip(names, kinds, strict=True) if kind not in every]
         if unknown:
             raise InputError(f"unknown {what} {unknown[0]!r}; known: {known}.")
     if batch_sizes is not None and not isinstance(batch_sizes, Sequence):

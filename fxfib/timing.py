@@ -59,7 +59,7 @@ def in_turns(
     order = range(len(calls))
     for turn in range(rounds):
         for which in order if turn % 2 == 0 else reversed(order):
-            depth = DEPTHS[turn % len(DEPTHS)]
+            depth = DEPTHS[turn // 2 % len(DEPTHS)]
             times[which].append(1e3 * sample_below(depth, calls[which], repeats[which]))
     return times
 

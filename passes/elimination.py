@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from fxfib.coloring import Floats, Labels
+from fxfib.errors import InputError
 
 # What is added to the diagonal of the covariance, as a part of its mean: it has an inverse then.
 DAMPING = 1e-4
@@ -29,6 +30,9 @@ def eliminate(covariance: torch.Tensor, demand: torch.Tensor) -> tuple[Labels, F
     Returns:
         int64 ``[n]``, the nodes in the order in which they go, and float64 ``[n]``, what is lost
         in all when each has gone (not decreasing; the last is everything).
+
+    Raises:
+        InputError: the covariance is not finite.
     """
     count = len(covariance)
     damped = _positive(covariance)
@@ -73,6 +77,11 @@ def _positive(covariance: torch.Tensor) -> torch.Tensor:
     """
     damping = DAMPING * float(covariance.diagonal().mean()) if len(covariance) else 0.0
     damping = max(damping, 1e-30)
+    if not bool(torch.isfinite(covariance).all()):
+        raise InputError(
+            "on the calibration inputs some layer gives NaN or infinite values, so its nodes cannot "
+            "be told apart; leave those inputs out, or give the model in a wider dtype."
+        )
     eye = torch.eye(len(covariance), dtype=torch.float64)
     while True:
         damped = covariance + damping * eye

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import fxfib
 from fxfib.passes.elimination import eliminate
 
 
@@ -46,3 +47,11 @@ def test_a_covariance_that_rounding_left_indefinite() -> None:
     assert np.isfinite(lost).all() and (np.diff(lost) >= 0).all()
     # Six directions hold all there is: all but a few nodes go for next to nothing.
     assert lost[count - 30] < 0.01 * lost[-1]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused(value: float) -> None:
+    covariance = torch.eye(5, dtype=torch.float64)
+    covariance[2, 2] = value
+    with pytest.raises(fxfib.InputError, match="NaN or infinite"):
+        eliminate(covariance, torch.eye(5, dtype=torch.float64))
