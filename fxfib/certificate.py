@@ -18,13 +18,7 @@ from fxfib.passes.groups import groups_of
 from fxfib.passes.picture import layers_of
 from fxfib.passes.plan import Plan
 from fxfib.passes.rules.base import hint
-from fxfib.passes.verify import (
-    TOLERANCE,
-    Difference,
-    difference,
-    full_precision,
-    run_float64,
-)
+from fxfib.passes.verify import TOLERANCE, Difference, difference, full_precision, run_float64
 from fxfib.report import Report
 
 

@@ -24,6 +24,7 @@ DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 # Those of `fxfib.passes.cover`, which needs torch: seconds that --help does not have.
 _SYMMETRIES = ("fiber", "opfiber", "cover", "stable")
+_PAGES = (".html", ".htm")
 _MODEL_HELP = (
     "torchvision:NAME, timm:NAME, package.module:factory, a .pt2 file, or a saved fxfib file"
 )
@@ -63,8 +64,7 @@ def _note(text: str) -> None:
 
 
 def _compile(options: argparse.Namespace) -> None:
-    pages = (".html", ".htm")
-    if options.curve and not (options.report and Path(options.report).suffix in pages):
+    if options.curve and not (options.report and Path(options.report).suffix in _PAGES):
         raise InputError("--curve is shown in a page: add --report FILE.html.")
     _check_writable(options.output, options.onnx, options.report)
     source = _load(options)
@@ -194,7 +194,7 @@ def _report(options: argparse.Namespace) -> None:
 def _write_report(
     report: "fxfib.Report", path: Path, curve: "Sequence[fxfib.CurvePoint]" = ()
 ) -> None:
-    if path.suffix in (".html", ".htm"):
+    if path.suffix in _PAGES:
         report.to_html(path, curve=curve)
     else:
         text = report.to_json() if path.suffix == ".json" else str(report)

@@ -389,10 +389,11 @@ class MergedGraph:
         """Run on the arguments of the original graph."""
         merge = self.latest
         if not merge.weights.unchanged(arguments):
+            if _unwatched(self.roles, arguments):
+                return self.run_original()(*arguments)
             # Merging exports, and torch traces one thread at a time: Dynamo's lock is for that.
             with compile_lock, self.lock:
-                merge = self.find(arguments) or self.merge_again(arguments)
-            self.latest = merge
+                merge = self.latest = self.find(arguments) or self.merge_again(arguments)
         if merge.whole:
             return merge.run(*arguments)
         return merge.run(*[arguments[position] for position in self.kept])
@@ -412,8 +413,6 @@ class MergedGraph:
                 "(compile the model when it is trained)",
                 MOST_MERGES,
             )
-        if _unwatched(self.roles, arguments):
-            return _Merge(self.latest.weights, self.run_original(), True)
         bound = bind(self.graph_module, arguments, self.roles)
         weights = _Weights(bound, arguments, self.options.watch)
         merge = None

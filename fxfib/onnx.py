@@ -206,11 +206,7 @@ def _export(
             if sizes is None or (sizes and not verify):
                 continue
             # All recurrent layers are translated whole, so shapes will do here too.
-            with (
-                shapes_of_recurrent_layers(),
-                no_loops(),
-                quiet(),
-            ):
+            with shapes_of_recurrent_layers(), no_loops():
                 exported = torch.onnx.export(
                     program,
                     dynamo=True,

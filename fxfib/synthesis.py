@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from fxfib.macs import macs_of
-from fxfib.passes.compensate import BATCH_NORM
+from fxfib.passes.compensate import BATCH_NORM, tensor_at
 from fxfib.passes.rules.base import hint
 
 STEPS = 24
@@ -76,7 +76,7 @@ def norms_that_know(graph_module: fx.GraphModule) -> list[fx.Node]:
             continue
         statistics = node.args[3:5]
         if all(isinstance(s, fx.Node) and s.op == "get_attr" for s in statistics):
-            mean, var = (_get(graph_module, str(s.target)) for s in statistics)
+            mean, var = (tensor_at(graph_module, str(s.target)) for s in statistics)
             if bool(mean.any()) and bool((var != 1).any()):
                 found.append(node)
     return found
@@ -171,11 +171,3 @@ class Waves:
         shape = tuple(map(hint, self.like.shape[2:]))
         found = torch.fft.irfftn(spectrum, s=shape, dim=self.axes, norm="ortho")
         return (found * self.size).to(self.like.dtype)
-
-
-def _get(module: torch.nn.Module, name: str) -> torch.Tensor:
-    result: Any = module
-    for part in name.split("."):
-        result = getattr(result, part)
-    found: torch.Tensor = result.detach()
-    return found

@@ -189,7 +189,7 @@ def _observe(fit: Fit, given: Any, expected: Any, examples: int) -> None:
     regression = fit.regression
     small = fit.new.graph.owning_module
     assert small is not None
-    width = regression.matrix(_get(small, fit.weight)).shape[1]
+    width = regression.matrix(tensor_at(small, fit.weight)).shape[1]
     most = max(1, -(-max(FEWEST_ROWS, ROWS_PER_COLUMN * width) // examples))
     shape = tuple(expected.shape) if isinstance(expected, torch.Tensor) else ()
     positions = positions_of(shape, regression.axis, most, fit.moments.count)
@@ -201,7 +201,7 @@ def _observe(fit: Fit, given: Any, expected: Any, examples: int) -> None:
 def _solve(fit: Fit, small: fx.GraphModule, ridge: float) -> None:
     regression, moments = fit.regression, fit.moments
     name = fit.weight
-    old = _get(small, name)
+    old = tensor_at(small, name)
     start = regression.matrix(old).double()
     count = moments.count
     mean_a, mean_z = moments.a / count, moments.z / count
@@ -217,11 +217,11 @@ def _solve(fit: Fit, small: fx.GraphModule, ridge: float) -> None:
     solved = torch.linalg.solve(damped, cross + weight * start.t()).t()
     _set(small, name, regression.tensor(solved, old))
     if bias_name is not None:
-        bias = _get(small, bias_name)
+        bias = tensor_at(small, bias_name)
         _set(small, bias_name, mean_z - solved @ mean_a)
         assert bias.shape == mean_z.shape
     if fit.norm is not None:
-        offset = 0.0 if bias_name is None else _get(small, bias_name).double()
+        offset = 0.0 if bias_name is None else tensor_at(small, bias_name).double()
         mean = solved @ mean_a + offset
         variance = torch.einsum("oi,ij,oj->o", solved, gram, solved)
         before = moments.zz / count - mean_z**2
@@ -239,7 +239,7 @@ def _renormalise(
     names = [str(n.target) for n in norm.args[3:5] if isinstance(n, fx.Node)]
     if len(names) != 2 or any(len(n.users) > 1 for n in norm.args[3:5]):  # type: ignore[union-attr]
         return
-    mean, var = (_get(small, name) for name in names)
+    mean, var = (tensor_at(small, name) for name in names)
     factor = (variance / before.clamp(min=1e-30)).clamp(0.01, 100.0)
     _set(small, names[0], mean.double() + shift)
     _set(small, names[1], var.double() * torch.where(before > 1e-12, factor, 1.0))
@@ -256,7 +256,8 @@ def _bias_of(node: fx.Node) -> str | None:
     return str(bias.target) if isinstance(bias, fx.Node) else None
 
 
-def _get(module: nn.Module, name: str) -> torch.Tensor:
+def tensor_at(module: nn.Module, name: str) -> torch.Tensor:
+    """The parameter or buffer of this path, without its history."""
     result: Any = module
     for part in name.split("."):
         result = getattr(result, part)

@@ -79,8 +79,8 @@ def _positive(covariance: torch.Tensor) -> torch.Tensor:
     damping = max(damping, 1e-30)
     if not bool(torch.isfinite(covariance).all()):
         raise InputError(
-            "on the calibration inputs some layer gives NaN or infinite values, so its nodes cannot "
-            "be told apart; leave those inputs out, or give the model in a wider dtype."
+            "on the calibration inputs some layer gives NaN or infinite values, so its nodes "
+            "cannot be told apart; leave those inputs out, or give the model in a wider dtype."
         )
     eye = torch.eye(len(covariance), dtype=torch.float64)
     while True:

@@ -313,3 +313,11 @@ def test_lift_is_deterministic_and_recovered(dtype):
         assert torch.equal(a, b)
     assert sum(p.numel() for p in one.parameters()) > sum(p.numel() for p in model.parameters())
     assert fxfib.compile(one, 0.0, inputs).fibration.parameters_after <= base
+
+
+@pytest.mark.parametrize("name", ['a"b', "a\\b", "a\nb"])
+def test_names_that_torch_fx_cannot_write_are_refused(name: str) -> None:
+    model = nn.Sequential()
+    model.add_module(name, nn.Linear(3, 4))
+    with pytest.raises(fxfib.RefusedError, match="rename that module"):
+        fxfib.compile(model.eval(), 0.0, torch.randn(2, 3))

@@ -2,12 +2,14 @@
 
 import csv
 import json
+import sys
 
 import pytest
 import torch
 from torch import nn
 
 import fxfib
+from fxfib import timing
 from fxfib.cli import main
 
 FAST = ("torch", "onnxruntime")
@@ -135,8 +137,6 @@ def test_work_of_another_model_is_not_told():
     assert found.macs_before is None and found.macs_after == 60
 
 
-# torch 2.11 warns about itself when inductor is imported.
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.slow
 def test_torch_compile_is_measured():
     model, inputs = network(), torch.randn(2, 7)
@@ -186,3 +186,27 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     )
     with pytest.raises(SystemExit, match="2"):
         main([*common, "--rounds", "0"])
+
+
+def test_a_device_that_is_not_here_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    model, inputs = network(), torch.randn(2, 7)
+    found = fxfib.benchmark(
+        model, model, inputs, runtimes=["torch"], devices=["cpu", "cuda"], rounds=1
+    )
+    assert {row.device for row in found.rows} == {"cpu"}
+    assert found.skipped == {"cuda": "there is no CUDA device here"}
+
+
+def test_samples_start_at_every_depth_of_the_stack() -> None:
+    depths: list[int] = []
+
+    def call() -> None:
+        frame, depth = sys._getframe(), 0
+        while frame.f_back is not None:
+            frame, depth = frame.f_back, depth + 1
+        depths.append(depth)
+
+    timing.in_turns([call, call], 2 * len(timing.DEPTHS), shortest=1e-9)
+    least = min(depths)
+    assert {depth - least for depth in depths} == set(timing.DEPTHS)

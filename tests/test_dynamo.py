@@ -392,7 +392,6 @@ def test_no_fibers_no_overhead():
 
 
 # Inductor of torch 2.11 warns about what torch itself does.
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
 @pytest.mark.slow
 def test_inductor():
