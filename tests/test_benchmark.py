@@ -208,5 +208,5 @@ def test_samples_start_at_every_depth_of_the_stack() -> None:
         depths.append(depth)
 
     timing.in_turns([call, call], 2 * len(timing.DEPTHS), shortest=1e-9)
-    least = min(depths)
-    assert {depth - least for depth in depths} == set(timing.DEPTHS)
+    measured = set(depths) - {min(depths)}  # the calls that warm up are one frame less deep
+    assert {depth - min(measured) for depth in measured} == set(timing.DEPTHS)
