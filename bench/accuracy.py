@@ -18,7 +18,7 @@ after the published description), `tp-magnitude`, `tp-fpgm` (Torch-Pruning's pru
 Compensation: `none`; `noise` and `images`, fxfib's least squares, the same for all; `refined`,
 `images` and then 10 passes over these images towards the original's outputs (what `fxfib.tune` does
 unasked where it has images), `noise-refined` the same with noise; `trained`, `refined` and then one
-pass over the training data with labels.  Torch-Pruning's networks are only trained; it shrinks
+pass over the training data with labels (not the transformer).  Torch-Pruning's networks are only trained; it shrinks
 neither the LSTM nor the transformer.
 """
 
@@ -151,6 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
         for seed in range(first, last)
         for entry in plan(fractions)
         if (case.pruners or entry[0] not in PRUNERS)
+        and (case.labels or entry[1] != "trained")
         and (not options.methods or entry[0] in options.methods.split(","))
         and (not options.compensations or entry[1] in options.compensations.split(","))
     ]

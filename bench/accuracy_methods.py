@@ -149,6 +149,7 @@ def made(
             model, method, compensation != "none", refine, calibration, target, seed, data
         )
     if compensation == "trained":
+        assert isinstance(data, Data), "sentences have no labels to train on once more"
         fxfib.finetune(
             small, data.batches(seed), nn.functional.cross_entropy, teacher=model, progress=False
         )

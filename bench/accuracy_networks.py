@@ -34,6 +34,7 @@ class Case:
             data, its data, the seed, the file that keeps it; None: it draws calibration alone.
         images: number of unlabeled images (or sentences) of calibration.
         pruners: whether Torch-Pruning can shrink it (of an LSTM it cuts the inputs away).
+        labels: whether its data have batches to train on once more.
     """
 
     build: Callable[[Path], nn.Module]
@@ -41,6 +42,7 @@ class Case:
     train: Callable[[nn.Module, Path, Any, int, Path], None] | None
     images: int
     pruners: bool = True
+    labels: bool = True
 
 
 class Data:
@@ -167,7 +169,7 @@ CASES = {
         lambda root: RowReader(), lambda root: mnist(root, (28, 28)), one_pass, 1024, pruners=False
     ),
     "multi30k_transformer": Case(
-        trained_translator, lambda root: Sentences(), None, 256, pruners=False
+        trained_translator, lambda root: Sentences(), None, 256, pruners=False, labels=False
     ),
     "cifar_resnet20": Case(
         lambda root: given_resnet(root, 3, "resnet20*"),

@@ -48,10 +48,6 @@ class Sentences:
         some.sort(key=lambda pair: (len(pair[1]), len(pair[0])))
         return [examples(some, BATCH, first) for first in range(0, count, BATCH)]
 
-    def batches(self, seed: int) -> Any:
-        """Not offered: another pass of training is ``bench/translation.py``'s."""
-        raise NotImplementedError("the transformer is not trained on here")
-
     def accuracy(self, model: nn.Module) -> float:
         """BLEU."""
         texts = [self.vocabulary.decode(row) for row in translate(model, self.measured)]
