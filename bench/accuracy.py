@@ -18,8 +18,8 @@ after the published description), `tp-magnitude`, `tp-fpgm` (Torch-Pruning's pru
 Compensation: `none`; `noise` and `images`, fxfib's least squares, the same for all; `refined`,
 `images` and then 10 passes over these images towards the original's outputs (what `fxfib.tune` does
 unasked where it has images), `noise-refined` the same with noise; `trained`, `refined` and then one
-pass over the training data with labels (not the transformer).  Torch-Pruning's networks are only trained; it shrinks
-neither the LSTM nor the transformer.
+pass over the training data with labels (not the transformer).  Torch-Pruning's networks are only
+trained; it shrinks neither the LSTM nor the transformer.
 """
 
 from __future__ import annotations
