@@ -212,7 +212,9 @@ def test_the_hidden_nodes_that_say_least_go(
         model, {"layer": eps}, (inputs,), criterion="energy", calibration=calibration
     )
     assert small.get_submodule("layer").hidden_size in ((11, 12) if calibrated else (12,))
-    torch.testing.assert_close(small(inputs), model(inputs), rtol=0, atol=0.03)
+    # Outputs are up to 0.15 to 0.4; measured inputs let a second node of 13 go.
+    atol = 0.02 if calibrated else 3e-4
+    torch.testing.assert_close(small(inputs), model(inputs), rtol=0, atol=atol)
     # Another node in its place costs more.
     half = fxfib.tune(
         model, example_inputs=(inputs,), params=0.5, calibration=calibration, refine=0
