@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import cifar10
-import resnet18
+import cifar_training
 import torch
 from accuracy_translation import Sentences, trained_translator
 from residual_networks import given_resnet
@@ -153,13 +153,26 @@ def one_pass(model: nn.Module, root: Path, data: Data, seed: int, path: Path) ->
         move_into_place(folder / path.name, path)
 
 
-def many_passes(model: nn.Module, root: Path, data: Data, seed: int, path: Path) -> None:
-    """The training of `resnet18.py`, or what is left of it."""
-    resnet18.complete(model, root, seed, path)
-
-
 # Per class: 300 training images to draw calibration from, 200 test images.
 CIFAR_IMAGES = (300, 200)
+# Where the networks are our own and smaller differences count.
+MORE_CIFAR_IMAGES = (300, 500)
+
+
+def trained_here(kind: str, width: int | None = None, epochs: int | None = None) -> dict[str, Case]:
+    """A case that `cifar_training.py` trains, or whose training it completes."""
+    usual = cifar_training.KINDS[kind]
+
+    def train(model: nn.Module, root: Path, data: Data, seed: int, path: Path) -> None:
+        cifar_training.complete(model, root, seed, path, epochs or usual.epochs)
+
+    case = Case(
+        lambda root: usual.build(width or usual.width),
+        lambda root: cifar(root, *MORE_CIFAR_IMAGES), train, 1024,
+    )  # fmt: skip
+    return {cifar_training.name_of(kind, width, epochs): case}
+
+
 CASES = {
     "mnist_mlp": Case(lambda root: perceptron(), lambda root: mnist(root, (784,)), one_pass, 2000),
     "mnist_cnn": Case(
@@ -179,10 +192,9 @@ CASES = {
         lambda root: given_resnet(root, 5, "resnet32*"),
         lambda root: cifar(root, *CIFAR_IMAGES), None, 1024,
     ),
-    f"cifar_resnet18_w{resnet18.WIDTH}_e{resnet18.EPOCHS}": Case(
-        lambda root: resnet18.ResNet18(resnet18.WIDTH),
-        lambda root: cifar(root, *CIFAR_IMAGES), many_passes, 1024,
-    ),
+    **trained_here("resnet18"),
+    **trained_here("resnet18", 64, 6),
+    **trained_here("vgg"),
 }  # fmt: skip
 
 

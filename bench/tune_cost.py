@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import accuracy_networks
+import cifar_training
 import numpy as np
-import resnet18
 import torch
 from accuracy_networks import CASES, Data
 from tables import read, write
@@ -64,7 +64,7 @@ class Aim:
     target: dict[str, float]
 
 
-RESNET = f"cifar_resnet18_w{resnet18.WIDTH}_e{resnet18.EPOCHS}"
+RESNET = cifar_training.name_of("resnet18")
 AIMS = {
     "mnist_mlp_loss": Aim("mnist_mlp", {"max_loss_increase": 0.02}),
     "mnist_mlp_params": Aim("mnist_mlp", {"params": 0.1}),
@@ -82,7 +82,7 @@ def network(aim: Aim, root: Path, cache: Path) -> tuple[nn.Module, Data, int]:
         return accuracy_networks.trained(aim.network, root, data, 0, cache), data, case.images
     data = accuracy_networks.cifar(root, *accuracy_networks.CIFAR_IMAGES)
     torch.manual_seed(0)
-    model = resnet18.ResNet18(aim.network).train()
+    model = cifar_training.ResNet18(aim.network).train()
     with torch.no_grad():
         for batch in data.train[:512].split(128):
             model(batch)

@@ -1,4 +1,4 @@
-"""The bench that trains a ResNet-18, and the one of what tune costs, on small stand-ins."""
+"""The benches of CIFAR-10 networks and of what tune costs, on small stand-ins."""
 
 import importlib
 import sys
@@ -19,8 +19,8 @@ def load(repository: Path, name: str) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def resnet18(repository: Path) -> ModuleType:
-    return load(repository, "resnet18")
+def training(repository: Path) -> ModuleType:
+    return load(repository, "cifar_training")
 
 
 @pytest.fixture(scope="module")
@@ -28,16 +28,45 @@ def tune_cost(repository: Path) -> ModuleType:
     return load(repository, "tune_cost")
 
 
-def test_it_has_the_published_size(resnet18: ModuleType) -> None:
-    model = resnet18.ResNet18(64)
+def test_it_has_the_published_size(training: ModuleType) -> None:
+    model = training.ResNet18(64)
     assert sum(p.numel() for p in model.parameters()) == 11_173_962
-    assert resnet18.ResNet18(3).eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    assert training.ResNet18(3).eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
-def test_images_are_moved_and_flipped_and_nothing_else(resnet18: ModuleType) -> None:
+def test_a_vgg_keeps_its_shapes(training: ModuleType) -> None:
+    model = training.Vgg(3).eval()
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    widths = [m.out_channels for m in model if isinstance(m, nn.Conv2d)]
+    assert widths == [3, 3, 6, 6, 12, 12]
+
+
+def test_a_bench_knows_the_networks_by_width_and_epochs(
+    training: ModuleType, repository: Path, tmp_path: Path
+) -> None:
+    cases = load(repository, "accuracy_networks").CASES
+    assert {"cifar_resnet18_w16_e12", "cifar_resnet18_w64_e6", "cifar_vgg_w32_e8"} <= set(cases)
+    case = cases["cifar_resnet18_w64_e6"]
+    model = case.build(tmp_path)
+    assert model.conv1.out_channels == 64
+    with pytest.raises((OSError, RuntimeError)):  # an epoch is missing, and so are the images
+        torch.save({"epoch": 5}, tmp_path / "kept.pt")
+        case.train(model, tmp_path, None, 0, tmp_path / "kept.pt")
+    torch.save({"epoch": 6, "model": training.ResNet18(64).state_dict()}, tmp_path / "kept.pt")
+    case.train(model, tmp_path, None, 0, tmp_path / "kept.pt")
+
+
+def test_training_says_what_it_lacks(
+    training: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert training.main(["vgg", "--data-root", str(tmp_path)]) == 1
+    assert "the data cannot be had" in capsys.readouterr().err
+
+
+def test_images_are_moved_and_flipped_and_nothing_else(training: ModuleType) -> None:
     images = torch.rand(40, 3, 32, 32) + 1
-    found = resnet18.augmented(images, torch.Generator().manual_seed(0))
-    pad = resnet18.PAD
+    found = training.augmented(images, torch.Generator().manual_seed(0))
+    pad = training.PAD
     flipped = 0
     for image, made in zip(nn.functional.pad(images, (pad,) * 4), found, strict=True):
         windows = [image[:, i : i + 32, j : j + 32] for i in range(9) for j in range(9)]
@@ -48,11 +77,11 @@ def test_images_are_moved_and_flipped_and_nothing_else(resnet18: ModuleType) -> 
     assert not torch.equal(found[0], images[0]) or not torch.equal(found[1], images[1])
 
 
-def test_what_is_held_out_is_not_trained_on(resnet18: ModuleType) -> None:
+def test_what_is_held_out_is_not_trained_on(training: ModuleType) -> None:
     labels = torch.arange(10).repeat_interleave(600)
     places = torch.arange(6000)
-    kept, of = resnet18.split(places, labels, False)
-    held, wanted = resnet18.split(places, labels, True)
+    kept, of = training.split(places, labels, False)
+    held, wanted = training.split(places, labels, True)
     assert len(kept) == 1000
     assert len(held) == 5000
     assert not set(kept.tolist()) & set(held.tolist())
@@ -61,7 +90,7 @@ def test_what_is_held_out_is_not_trained_on(resnet18: ModuleType) -> None:
 
 
 def test_a_training_goes_on_as_if_nothing_had_been(
-    resnet18: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    training: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
     images = torch.randint(256, (560, 3, 32, 32), dtype=torch.uint8)
@@ -69,15 +98,15 @@ def test_a_training_goes_on_as_if_nothing_had_been(
 
     def trained(path: Path) -> nn.Module:
         torch.manual_seed(1)
-        model = resnet18.ResNet18(2)
-        return resnet18.train(model, images, labels, 0, 2, path)
+        model = training.ResNet18(2)
+        return training.train(model, images, labels, 0, 2, path)
 
     whole = trained(tmp_path / "whole.pt")
 
     def stop(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(resnet18, "print", stop, raising=False)
+    monkeypatch.setattr(training, "print", stop, raising=False)
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path / "parts.pt")
     monkeypatch.undo()
@@ -85,8 +114,8 @@ def test_a_training_goes_on_as_if_nothing_had_been(
     parts = trained(tmp_path / "parts.pt")
     for a, b in zip(whole.state_dict().values(), parts.state_dict().values(), strict=True):
         assert torch.equal(a, b)
-    fresh = resnet18.ResNet18(2)
-    resnet18.complete(fresh, tmp_path / "no images", 0, tmp_path / "parts.pt", 2)
+    fresh = training.ResNet18(2)
+    training.complete(fresh, tmp_path / "no images", 0, tmp_path / "parts.pt", 2)
     assert torch.equal(fresh.fc.weight, parts.fc.weight)
 
 
