@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from fxfib.certificate import report_of
 from fxfib.colors import Colors
@@ -19,6 +18,7 @@ from fxfib.passes.criteria import Eps
 from fxfib.passes.forward import Analysis
 from fxfib.passes.groups import layer_labels
 from fxfib.passes.plan import make_plan
+from fxfib.progress import Progress
 from fxfib.symmetry import check_symmetry, symmetries
 from fxfib.workshop import Workshop, shrink, skip_patterns, skipped_nodes
 
@@ -182,15 +182,7 @@ def compile_now(
     refine: int = 0,
 ) -> FibrationModule:
     """Compile on example inputs that are at hand; options as in :func:`compile`."""
-    steps = ("capture", "synthesize", "measure", "color", "plan", "rewrite", "compensate", "verify")
-    with tqdm(total=len(steps), desc="fxfib", disable=None if progress is None else not progress,
-              leave=False) as bar:  # fmt: skip
-
-        def step(name: str) -> None:
-            bar.set_postfix_str(name)
-            place = steps.index(name) if name in steps else bar.n
-            bar.update(max(place - bar.n, 0))
-
+    with Progress("fxfib compile", progress) as step:
         step("capture")
         workshop = Workshop(
             model,
@@ -206,9 +198,7 @@ def compile_now(
             skip=skip,
             step=step,
         )
-        small = workshop.compiled(eps, verify=verify)
-        bar.update(len(steps) - bar.n)
-    return small
+        return workshop.compiled(eps, verify=verify)
 
 
 def color(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,14 +12,20 @@ from torch import fx
 
 from fxfib.capture import Captured, normalize_inputs
 from fxfib.errors import InputError
+from fxfib.macs import macs_of
 from fxfib.passes.rules.base import hint
+from fxfib.passes.stages import Step, silent
 from fxfib.synthesis import TOGETHER, examples_for, matched, norms_that_know
 
 MOST_EXAMPLES = 4096
 BATCH = 256
-# Numbers of synthetic input in all: many small examples, or few large ones.
+# Numbers of any value in the graph that are in memory at a time, if it has several examples.
+NUMBERS_AT_ONCE = 2**24
+# Numbers of synthetic input in all: many small examples, or few large ones; and of such examples
+# as many as make for so many multiply-accumulates (under a minute on one core).
 MOST_NUMBERS = 2**23
 FEWEST_EXAMPLES = 64
+WORK = 1e12
 
 Batch = tuple[Any, ...]
 
@@ -40,13 +47,13 @@ def batches_of(calibration: Any, captured: Captured) -> list[Batch]:
             f"not {type(calibration).__name__}."
         )
     found: list[Batch] = []
-    count = 0
+    count, together = 0, at_once(captured)
     for item in calibration:
         leaves = checked_batch(item, captured)
         batched = _batched(captured)
         total = max((len(leaves[i]) for i in batched), default=1)
-        for start in range(0, total, BATCH):
-            stop = min(start + BATCH, total, start + MOST_EXAMPLES - count)
+        for start in range(0, total, together):
+            stop = min(start + together, total, start + MOST_EXAMPLES - count)
             if stop > start:
                 part = [leaf[start:stop] if i in batched else leaf for i, leaf in enumerate(leaves)]
                 found.append(tuple(part))
@@ -56,6 +63,16 @@ def batches_of(calibration: Any, captured: Captured) -> list[Batch]:
     if not found:
         raise InputError("calibration holds no inputs.")
     return found
+
+
+def at_once(captured: Captured) -> int:
+    """How many examples are run through the graph at a time, by its largest value."""
+    size = _batch_size(captured)
+    nodes = (node for node in captured.graph_module.graph.nodes if node.op != "get_attr")
+    values = (node.meta.get("val") for node in nodes)
+    tensors = (value for value in values if isinstance(value, torch.Tensor))
+    largest = max((math.prod(map(hint, t.shape)) for t in tensors), default=1)
+    return max(1, min(BATCH, NUMBERS_AT_ONCE * size // max(largest, 1)))
 
 
 def drawn(
@@ -71,11 +88,15 @@ def drawn(
         example_inputs, example_kwargs: those that the model was captured on.
     """
     examples = normalize_inputs(captured.source, example_inputs, example_kwargs)
-    return list(synthetic(captured, pytree.tree_leaves(examples), seed))
+    leaves = pytree.tree_leaves(examples)
+    return list(synthetic(captured, leaves, seed, together=at_once(captured)))
 
 
 def remembered(
-    captured: Captured, example_inputs: Any, example_kwargs: Mapping[str, Any] | None
+    captured: Captured,
+    example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None,
+    step: Step = silent,
 ) -> list[Batch]:
     """Noise that was given the statistics that the batch norms know; see :func:`norms_known`."""
     examples = normalize_inputs(captured.source, example_inputs, example_kwargs)
@@ -83,7 +104,7 @@ def remembered(
     places = _batched(captured)
     count = examples_for(captured.graph_module, _batch_size(captured))
     noise = list(synthetic(captured, leaves, count=count, together=TOGETHER))
-    return matched(captured.graph_module, noise, places)
+    return matched(captured.graph_module, noise, places, step)
 
 
 def norms_known(captured: Captured) -> bool:
@@ -209,7 +230,8 @@ def synthetic(
         if place in batched
     ]
     wished = MOST_NUMBERS // max(sizes, default=1)
-    cheap = min(MOST_EXAMPLES, max(FEWEST_EXAMPLES, wished))
+    worked = int(WORK * _batch_size(captured) / max(macs_of(captured.graph_module), 1))
+    cheap = min(MOST_EXAMPLES, max(FEWEST_EXAMPLES, min(wished, worked)))
     examples = (count or cheap) if batched else 1
     for start in range(0, examples, together):
         here = min(together, examples - start)

@@ -12,6 +12,7 @@ from torch import fx
 from fxfib.calibration import checked_batch
 from fxfib.capture import Captured
 from fxfib.errors import InputError
+from fxfib.passes.stages import Step, silent
 
 
 class Evaluator:
@@ -23,6 +24,7 @@ class Evaluator:
             for every evaluation, so a list or a ``DataLoader``, no generator.
         loss_fn: ``loss_fn(output, target)``; None: the squared difference from the original's
             outputs over their variance.
+        step: told which share of an evaluation is done.
 
     Attributes:
         original: loss of the original (0 without a loss function).
@@ -32,7 +34,11 @@ class Evaluator:
     """
 
     def __init__(
-        self, captured: Captured, data: Any, loss_fn: Callable[..., Any] | None = None
+        self,
+        captured: Captured,
+        data: Any,
+        loss_fn: Callable[..., Any] | None = None,
+        step: Step = silent,
     ) -> None:
         if isinstance(data, torch.Tensor):
             data = [data]
@@ -41,6 +47,7 @@ class Evaluator:
         self.captured = captured
         self.data = data
         self.loss_fn = loss_fn
+        self.step = step
         self.original = self.loss(captured.graph_module)
 
     def loss(self, graph_module: fx.GraphModule) -> float:
@@ -50,9 +57,10 @@ class Evaluator:
             InputError: see the class.
         """
         total, count = 0.0, 0
+        batches = len(self.data) if hasattr(self.data, "__len__") else 0
         moments = torch.zeros(3, dtype=torch.float64)
         with torch.no_grad():
-            for item in self.data:
+            for number, item in enumerate(self.data):
                 if self.loss_fn is not None and not (
                     isinstance(item, (tuple, list)) and len(item) > 1
                 ):
@@ -71,6 +79,7 @@ class Evaluator:
                             moments += torch.stack([(a - b).square().mean(), b.square().mean(),
                                                     b.mean()]).cpu() * size  # fmt: skip
                 count += size
+                self.step("evaluate", (number + 1) / batches if batches else None)
         if not count:
             raise InputError("data holds no batches.")
         if self.loss_fn is not None:

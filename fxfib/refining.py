@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxfib.passes.compensate import Batches
+from fxfib.passes.stages import Step, silent
 
 RATE = 1e-3
 BATCH = 128
@@ -26,6 +27,7 @@ def refined(
     passes: int,
     *,
     scores: bool = True,
+    step: Step = silent,
 ) -> list[str]:
     """Train ``small`` in place to give the outputs of ``original``; no labels are needed.
 
@@ -36,6 +38,7 @@ def refined(
         inputs: the batches of every pass, by its number from 0; the same object is not run through
             ``original`` again.
         scores: see :func:`difference`.
+        step: told which share of the training is done.
 
     Returns:
         A note, where there was nothing to train.
@@ -55,6 +58,7 @@ def refined(
     total = passes * len(pieces)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
     generator = torch.Generator().manual_seed(0)
+    seen = 0
     for number in range(passes):
         if inputs(number) is not batches:
             batches = inputs(number)
@@ -71,6 +75,8 @@ def refined(
             loss.backward()
             optimizer.step()
             schedule.step()
+            seen += 1
+            step("refine", seen / total)
     optimizer.zero_grad()
     return []
 

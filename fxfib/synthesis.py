@@ -14,7 +14,7 @@ images, sounds and fields have spectra that fall as one over the frequency.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch import fx
 from fxfib.macs import macs_of
 from fxfib.passes.compensate import BATCH_NORM, tensor_at
 from fxfib.passes.rules.base import hint
+from fxfib.passes.stages import Step, silent
 
 STEPS = 24
 RATE = 0.1
@@ -90,7 +91,10 @@ def examples_for(graph_module: fx.GraphModule, batch: int) -> int:
 
 
 def matched(
-    graph_module: fx.GraphModule, batches: Sequence[Batch], batched: Sequence[int]
+    graph_module: fx.GraphModule,
+    batches: Sequence[Batch],
+    batched: Sequence[int],
+    step: Step = silent,
 ) -> list[Batch]:
     """Noise, changed until its statistics are those that the batch norms know.
 
@@ -98,6 +102,7 @@ def matched(
         graph_module: with batch norms that know something.
         batches: flat noise; only floating entries that are ``batched`` change.
         batched: places of the inputs whose first axis is the batch.
+        step: told which share of the work is done.
 
     Returns:
         Batches of the same shapes.
@@ -105,12 +110,18 @@ def matched(
     observer = Observer(graph_module, norms_that_know(graph_module))
     found = []
     with torch.enable_grad():
-        for batch in batches:
-            found.append(_matched(observer, batch, batched))
+        for number, batch in enumerate(batches):
+
+            def told(share: float, before: int = number) -> None:
+                step("synthesize", (before + share) / len(batches))
+
+            found.append(_matched(observer, batch, batched, told))
     return found
 
 
-def _matched(observer: Observer, batch: Batch, batched: Sequence[int]) -> Batch:
+def _matched(
+    observer: Observer, batch: Batch, batched: Sequence[int], told: Callable[[float], None]
+) -> Batch:
     places = [k for k in batched if batch[k].is_floating_point() and len(batch[k])]
     waves = {k: Waves(batch[k]) for k in places}
 
@@ -120,7 +131,7 @@ def _matched(observer: Observer, batch: Batch, batched: Sequence[int]) -> Batch:
     moved = [wave.coefficients for wave in waves.values()]
     optimizer = torch.optim.Adam(moved, RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    for _ in range(STEPS):
+    for number in range(STEPS):
         gap = observer.gap(inputs())
         gradients = torch.autograd.grad(gap, moved, allow_unused=True)
         if not bool(torch.isfinite(gap)):
@@ -129,6 +140,7 @@ def _matched(observer: Observer, batch: Batch, batched: Sequence[int]) -> Batch:
             coefficient.grad = gradient
         optimizer.step()
         schedule.step()
+        told((number + 1) / STEPS)
     with torch.no_grad():
         return tuple(leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for leaf in inputs())
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from fxfib.api import check_options
 from fxfib.errors import InputError
@@ -17,6 +16,7 @@ from fxfib.evaluation import Evaluator
 from fxfib.frontier import Store
 from fxfib.latency import Stopwatch, check_runtime, setting_of, target_of, widths_for
 from fxfib.modules import FibrationModule
+from fxfib.progress import Progress
 from fxfib.search import Search
 from fxfib.workshop import Workshop, skip_patterns
 
@@ -104,13 +104,7 @@ def tune(
     check_options(0.0, criterion, fixed)
     if example_inputs is None and not example_kwargs:
         raise InputError("tune needs example_inputs: the arguments of one call.")
-    with tqdm(desc="fxfib tune", disable=None if progress is None else not progress,
-              leave=False) as bar:  # fmt: skip
-
-        def step(name: str) -> None:
-            bar.set_postfix_str(name)
-            bar.update()
-
+    with Progress("fxfib tune", progress) as step:
         workshop = Workshop(
             model,
             example_inputs,
@@ -129,7 +123,7 @@ def tune(
             step("measure widths")
             workshop.round_to, note = widths_for(workshop.graph_module, runtime)
             measured.append(note)
-        evaluator = None if data is None else Evaluator(workshop.captured, data, loss_fn)
+        evaluator = None if data is None else Evaluator(workshop.captured, data, loss_fn, step)
         place = None if aim is None else setting_of(runtime)
         search = Search(workshop, evaluator, Store(resume, workshop, evaluator, place))
         if strategy == "bisection":

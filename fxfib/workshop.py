@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -29,6 +29,7 @@ from fxfib.passes.rewrite import Rewriter
 from fxfib.passes.rules import find_rule
 from fxfib.passes.rules.recurrent import Recurrent
 from fxfib.passes.rules.recurrent_cell import RecurrentCell
+from fxfib.passes.stages import Step, silent
 from fxfib.refining import PASSES, refined
 
 RECURRENT = (Recurrent, RecurrentCell)
@@ -36,11 +37,6 @@ BLIND = (
     "nothing was fitted: there is no calibration, and noise, step after step, says nothing of what "
     "a recurrent layer reads"
 )
-Step = Callable[[str], None]
-
-
-def _silent(name: str) -> None:
-    pass
 
 
 class Workshop:
@@ -71,7 +67,7 @@ class Workshop:
         residual: str = "joint",
         skip: tuple[str, ...] = (),
         dynamic_shapes: Any = None,
-        step: Step = _silent,
+        step: Step = silent,
     ) -> None:
         self.captured = capture(model, example_inputs, example_kwargs, dynamic_shapes)
         self.start = time.perf_counter()
@@ -113,7 +109,7 @@ class Workshop:
         if not self.like_data:
             return drawn(self.captured, *self.example)
         self.step("synthesize")
-        return remembered(self.captured, *self.example)
+        return remembered(self.captured, *self.example, step=self.step)
 
     def inputs(self, number: int) -> Batches:
         """Inputs of a pass: those like data again and again, or fresh noise every time."""
@@ -130,7 +126,7 @@ class Workshop:
     def activations(self) -> Mapping[Ref, Activation]:
         """Second moments on the calibration inputs."""
         self.step("measure")
-        return activations_of(self.graph_module, self.outlook, self.batches)
+        return activations_of(self.graph_module, self.outlook, self.batches, self.step)
 
     @cached_property
     def exact(self) -> Analysis:
@@ -185,12 +181,12 @@ class Workshop:
             notes.append(BLIND)
         elif self.compensate:
             self.step("compensate")
-            notes = compensate(rewriter, small, self.batches, ridge=RIDGE)
+            notes = compensate(rewriter, small, self.batches, ridge=RIDGE, step=self.step)
         if self.refine and refine:
             self.step("refine")
             notes += refined(
                 self.graph_module, small, self.inputs, self.refine,
-                scores=self.like_data,
+                scores=self.like_data, step=self.step,
             )  # fmt: skip
         return notes
 
@@ -250,7 +246,7 @@ def rewrite(
     policy: Policy,
     round_to: int | None = None,
     skip: Iterable[str] = (),
-    step: Step = _silent,
+    step: Step = silent,
     residual: str = "joint",
 ) -> tuple[Rewriter, fx.GraphModule]:
     """Color by a policy, plan and rewrite; the rewriter knows which node became which.

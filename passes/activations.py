@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from fxfib.passes.compensate import FEWEST_ROWS, ROWS_PER_COLUMN, Batches, Tap
+from fxfib.passes.compensate import FEWEST_ROWS, ROWS_PER_COLUMN, Batches
 from fxfib.passes.forward import Analysis
 from fxfib.passes.outlook import Outlook
 from fxfib.passes.regression import positions_of
@@ -17,6 +17,7 @@ from fxfib.passes.relations import Ref, Same
 from fxfib.passes.rules import find_rule
 from fxfib.passes.rules.base import is_tensor
 from fxfib.passes.rules.recurrent import Recurrent
+from fxfib.passes.stages import Room, Stages, Step, silent
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def activations_of(
     graph_module: fx.GraphModule,
     outlook: Outlook,
     batches: Batches,
-    step: Callable[[str], None] = lambda name: None,
+    step: Step = silent,
 ) -> Mapping[Ref, Activation]:
     """One run over all inputs; see :class:`Activation`."""
     analysis = outlook.exact
@@ -63,7 +64,10 @@ def activations_of(
     }
     if not places:
         return {}
-    tap = Tap(graph_module, set(places.values()))
+    refs: dict[fx.Node, list[Ref]] = {}
+    for ref, place in places.items():
+        refs.setdefault(place, []).append(ref)
+    run = Stages(graph_module, [refs], Room(0)).run
     examples = sum(
         next((len(t) for t in batch if isinstance(t, torch.Tensor) and t.ndim), 1)
         for batch in batches
@@ -72,15 +76,15 @@ def activations_of(
     first: dict[Ref, torch.Tensor] = {}
     second: dict[Ref, torch.Tensor] = {}
     with torch.no_grad():
-        for batch in batches:
-            values = tap.run_on(batch)
-            for ref, place in places.items():
-                seen = count.get(ref, 0)
-                rows = _rows(analysis, ref, values[place], examples, seen).float()
-                count[ref] = seen + len(rows)
-                first[ref] = first.get(ref, 0) + rows.sum(0, dtype=torch.float64).cpu()
-                second[ref] = second.get(ref, 0) + (rows.t() @ rows).double().cpu()
-            step("measure")
+        for number, batch in enumerate(batches):
+            for node, value in run(0, number, batch):
+                for ref in refs[node]:
+                    seen = count.get(ref, 0)
+                    rows = _rows(analysis, ref, value, examples, seen).float()
+                    count[ref] = seen + len(rows)
+                    first[ref] = first.get(ref, 0) + rows.sum(0, dtype=torch.float64).cpu()
+                    second[ref] = second.get(ref, 0) + (rows.t() @ rows).double().cpu()
+            step("measure", (number + 1) / len(batches))
     return {
         ref: Activation(
             second[ref] / count[ref]

@@ -13,13 +13,15 @@ statistics changed as the layer's outputs have changed.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 
+from fxfib.errors import InputError
+from fxfib.macs import macs_by_node
 from fxfib.passes.fits import Fit, Moments, recurrent_fits
 from fxfib.passes.forward import module_path
 from fxfib.passes.regression import positions_of
@@ -27,50 +29,18 @@ from fxfib.passes.rewrite import Rewriter
 from fxfib.passes.rules import find_rule
 from fxfib.passes.rules.base import overloads
 from fxfib.passes.rules.recurrent import Recurrent
+from fxfib.passes.stages import Room, Stages, Step, silent
 
 BATCH_NORM = set(overloads("batch_norm", "_native_batch_norm_legit_no_training"))
 # Rows beyond this many for each column of a layer's design say little more.
 ROWS_PER_COLUMN = 24
 FEWEST_ROWS = 40_000
+# Numbers of a design that are in memory at a time.
+NUMBERS_AT_ONCE = 2**24
 # How much the columns that merging gave count, as a part of the inputs' mean second moment.
 RIDGE = 1e-2
 
 Batches = Sequence[Sequence[Any]]
-Step = Callable[[str], None]
-
-
-class Tap(fx.Interpreter):
-    """Runs a graph up to the last of some nodes, and keeps their values alone."""
-
-    def __init__(self, graph_module: fx.GraphModule, wanted: Iterable[fx.Node]) -> None:
-        super().__init__(graph_module)
-        self.wanted = set(wanted)
-        self.found: dict[fx.Node, Any] = {}
-        order = {node: place for place, node in enumerate(graph_module.graph.nodes)}
-        self.last = max(order[node] for node in self.wanted)
-        self.place = 0
-
-    def run_on(self, inputs: Sequence[Any]) -> dict[fx.Node, Any]:
-        """Values of the wanted nodes."""
-        self.found, self.place = {}, 0
-        # What nobody wants is not computed: stop by an exception, as interpreters know no other.
-        with contextlib.suppress(_Enough):
-            self.run(*inputs)
-        return self.found
-
-    def run_node(self, n: fx.Node) -> Any:
-        """The value of one node."""
-        value = super().run_node(n)
-        if n in self.wanted:
-            self.found[n] = value
-        if self.place == self.last:
-            raise _Enough
-        self.place += 1
-        return value
-
-
-class _Enough(Exception):
-    pass
 
 
 def fits_of(rewriter: Rewriter, small: fx.GraphModule) -> tuple[list[Fit], list[str]]:
@@ -148,7 +118,7 @@ def compensate(
     batches: Batches,
     *,
     ridge: float,
-    step: Step = lambda name: None,
+    step: Step = silent,
 ) -> list[str]:
     """Fit every layer that reads merged nodes; ``small`` is changed in place.
 
@@ -157,7 +127,7 @@ def compensate(
         small: the rewritten graph.
         batches: flat inputs of both graphs, batch by batch.
         ridge: weight of the data-free columns, as a part of the mean second moment of the inputs.
-        step: called with the name of every layer that was fitted.
+        step: told which share of the work is done.
 
     Returns:
         Notes on layers that were left as they are.
@@ -165,19 +135,27 @@ def compensate(
     found, notes = fits_of(rewriter, small)
     original = rewriter.analysis.graph_module
     examples = sum(_examples(batch) for batch in batches)
+    levels = [
+        [fit for fit in found if fit.level == level]
+        for level in sorted({fit.level for fit in found})
+    ]
+    room = Room()
+    theirs = Stages(original, [{fit.wanted for fit in now} for now in levels], room)
+    ours = Stages(small, [{fit.given for fit in now} for now in levels], room)
+    macs = macs_by_node(original)
+    work = np.cumsum([0, *(1 + sum(macs.get(n, 0) for n in fresh) for fresh in theirs.fresh)])
     with torch.no_grad():
-        for level in sorted({fit.level for fit in found}):
-            now = [fit for fit in found if fit.level == level]
-            theirs = Tap(original, [fit.wanted for fit in now])
-            ours = Tap(small, [fit.given for fit in now])
-            for batch in batches:
-                expected, given = theirs.run_on(batch), ours.run_on(batch)
+        for stage, now in enumerate(levels):
+            for number, batch in enumerate(batches):
+                expected = dict(theirs.run(stage, number, batch))
+                given = dict(ours.run(stage, number, batch))
                 for fit in now:
                     _observe(fit, given[fit.given], expected[fit.wanted], examples)
+                done = work[stage] + (work[stage + 1] - work[stage]) * (number + 1) / len(batches)
+                step("compensate", done / work[-1])
             for fit in now:
                 _solve(fit, small, ridge)
                 fit.moments = Moments()
-                step(module_path(fit.node))
     return notes
 
 
@@ -189,43 +167,61 @@ def _observe(fit: Fit, given: Any, expected: Any, examples: int) -> None:
     regression = fit.regression
     small = fit.new.graph.owning_module
     assert small is not None
-    width = regression.matrix(tensor_at(small, fit.weight)).shape[1]
+    weight = tensor_at(small, fit.weight)
+    width = regression.matrix(weight).shape[1]
     most = max(1, -(-max(FEWEST_ROWS, ROWS_PER_COLUMN * width) // examples))
     shape = tuple(expected.shape) if isinstance(expected, torch.Tensor) else ()
     positions = positions_of(shape, regression.axis, most, fit.moments.count)
-    design = regression.design(given, positions)
-    response = fit.rows.apply(regression.response(expected, positions), 1)
-    fit.moments.add(design.float(), response.float())
+    one = regression.design(given, positions[:1], weight).numel()
+    for chosen in positions.split(max(1, NUMBERS_AT_ONCE // max(1, one))):
+        design = _wide(regression.design(given, chosen, weight))
+        response = _wide(fit.rows.apply(regression.response(expected, chosen), 1))
+        groups = len(design)
+        fit.moments.add(design, response.unflatten(1, (groups, -1)).transpose(0, 1))
+
+
+def _wide(rows: torch.Tensor) -> torch.Tensor:
+    return rows if rows.dtype == torch.float64 else rows.float()
 
 
 def _solve(fit: Fit, small: fx.GraphModule, ridge: float) -> None:
     regression, moments = fit.regression, fit.moments
     name = fit.weight
     old = tensor_at(small, name)
-    start = regression.matrix(old).double()
     count = moments.count
     mean_a, mean_z = moments.a / count, moments.z / count
+    groups, width = mean_a.shape
+    start = regression.matrix(old).double().reshape(groups, -1, width)
     bias_name = fit.bias
     # Batch norm takes up a shift, as a bias does; without either there is none.
     centred = bias_name is not None or fit.norm is not None
     shift_a, shift_z = (mean_a, mean_z) if centred else (0 * mean_a, 0 * mean_z)
-    second = moments.aa / count
-    gram = second - torch.outer(shift_a, shift_a)
-    cross = moments.az / count - torch.outer(shift_a, shift_z)
-    weight = ridge * second.diagonal().mean().clamp(min=1e-30)
-    damped = gram + weight * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    solved = torch.linalg.solve(damped, cross + weight * start.t()).t()
-    _set(small, name, regression.tensor(solved, old))
+    # The widest layers' matrices are most of the memory, so they are changed in place.
+    gram, cross = moments.aa.div_(count), moments.az.div_(count)
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    weight = ridge * diagonal.mean(1).clamp(min=1e-30)[:, None, None]
+    gram.baddbmm_(shift_a[:, :, None], shift_a[:, None], alpha=-1)
+    cross.baddbmm_(shift_a[:, :, None], shift_z[:, None], alpha=-1)
+    diagonal += weight[:, 0]
+    cross += weight * start.transpose(1, 2)
+    if not bool(torch.isfinite(gram).all() and torch.isfinite(cross).all()):
+        raise InputError(
+            f"{module_path(fit.node)} cannot be fitted: on the calibration inputs it reads or "
+            "gives NaN or infinite values; leave those inputs out, or give the model in a wider "
+            "dtype."
+        )
+    solved = torch.cholesky_solve(cross, torch.linalg.cholesky(gram)).transpose(1, 2)
+    _set(small, name, regression.tensor(solved.flatten(0, 1), old))
+    mean = torch.einsum("god,gd->go", solved, mean_a).flatten()
+    mean_z = mean_z.flatten()
     if bias_name is not None:
-        bias = tensor_at(small, bias_name)
-        _set(small, bias_name, mean_z - solved @ mean_a)
-        assert bias.shape == mean_z.shape
+        assert tensor_at(small, bias_name).shape == mean_z.shape
+        _set(small, bias_name, mean_z - mean)
     if fit.norm is not None:
         offset = 0.0 if bias_name is None else tensor_at(small, bias_name).double()
-        mean = solved @ mean_a + offset
-        variance = torch.einsum("oi,ij,oj->o", solved, gram, solved)
-        before = moments.zz / count - mean_z**2
-        _renormalise(fit.norm, small, mean - mean_z, variance, before)
+        variance = (solved @ gram * solved).sum(2) - weight[:, 0] * solved.square().sum(2)
+        before = moments.zz.flatten() / count - mean_z**2
+        _renormalise(fit.norm, small, mean + offset - mean_z, variance.flatten(), before)
 
 
 def _renormalise(

@@ -17,10 +17,13 @@ from fxfib.passes.rewrite import Rewriter
 from fxfib.passes.rules import find_rule
 from fxfib.passes.rules.recurrent import Recurrent
 
+# Products of fewer columns than twice this are computed at once.
+NARROW = 256
+
 
 @dataclass
 class Moments:
-    """Sums over all rows so far, in float64: of both sides, and of their products."""
+    """Sums over all rows so far, group by group, in float64: of both sides, of their products."""
 
     count: int = 0
     a: Any = 0.0
@@ -30,13 +33,35 @@ class Moments:
     zz: Any = 0.0
 
     def add(self, design: torch.Tensor, response: torch.Tensor) -> None:
-        """Add rows ``[m, d]`` and ``[m, out]``."""
-        self.count += len(design)
-        self.a = self.a + design.sum(0, dtype=torch.float64)
-        self.z = self.z + response.sum(0, dtype=torch.float64)
-        self.aa = self.aa + (design.t() @ design).double()
-        self.az = self.az + (design.t() @ response).double()
-        self.zz = self.zz + response.square().sum(0, dtype=torch.float64)
+        """Add rows ``[groups, m, d]`` and ``[groups, m, out]``, float32 or float64."""
+        if not self.count:
+            (groups, _, d), out = design.shape, response.shape[2]
+            fresh = partial(design.new_zeros, dtype=torch.float64)
+            self.a, self.z, self.zz = fresh(groups, d), fresh(groups, out), fresh(groups, out)
+            self.aa, self.az = fresh(groups, d, d), fresh(groups, d, out)
+        self.count += design.shape[1]
+        self.a += design.sum(1)
+        self.z += response.sum(1)
+        _add_products(self.aa, design)
+        self.az += design.transpose(1, 2) @ response
+        self.zz += response.square().sum(1)
+
+
+def _add_products(total: torch.Tensor, rows: torch.Tensor) -> None:
+    """Add the products of all columns ``[groups, m, d]`` to ``[groups, d, d]``.
+
+    They are symmetric, so of wide rows a block beside the diagonal is computed once.
+    """
+    half = rows.shape[2] // 2
+    if half < NARROW:
+        total += rows.transpose(1, 2) @ rows
+        return
+    left, right = rows[:, :, :half], rows[:, :, half:]
+    _add_products(total[:, :half, :half], left)
+    _add_products(total[:, half:, half:], right)
+    beside = left.transpose(1, 2) @ right
+    total[:, :half, half:] += beside
+    total[:, half:, :half] += beside.transpose(1, 2)
 
 
 @dataclass(eq=False)

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 
 
 @dataclass(frozen=True)
 class Regression:
-    """A layer as ``response = design @ matrix.T + bias``, at either width.
+    """A layer as ``response = design @ matrix.T + bias`` in each of its groups, at any width.
 
     Attributes:
         source: the node that the layer reads.
         weight, bias: its parameters (nodes); the bias may be None.
         axis: the output axis of the layer's nodes.
-        design: from the layer's input to rows ``[m, d]``, at chosen positions.
-        positions: how many rows one example of the output makes.
+        design: from the layer's input to ``[groups, m, d]``: ``m`` rows at chosen positions, of the
+            columns that each group reads; a weight of the layer's says how many groups there are.
         response: from the layer's output to rows ``[m, out]``, at chosen positions.
-        matrix: from the weight to ``[out, d]``.
+        matrix: from the weight to ``[out, d]``, group by group.
         tensor: from ``[out, d]`` to the weight, given a weight of the same shape.
     """
 
@@ -29,7 +29,7 @@ class Regression:
     weight: fx.Node
     bias: fx.Node | None
     axis: int
-    design: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    design: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     response: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     matrix: Callable[[torch.Tensor], torch.Tensor]
     tensor: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -48,44 +48,92 @@ def linear_regression(
         return matrix if out == 0 else matrix.t()
 
     return Regression(
-        source, weight, bias, rank - 1, rows, rows, turned, lambda matrix, like: turned(matrix)
+        source,
+        weight,
+        bias,
+        rank - 1,
+        lambda x, positions, weight: rows(x, positions)[None],
+        rows,
+        turned,
+        lambda matrix, like: turned(matrix),
     )
+
+
+@dataclass(frozen=True)
+class Window:
+    """How a convolution looks at its input, dimension by dimension.
+
+    Attributes:
+        kernel, stride, dilation: as usual.
+        padding: before and behind the input; of a transposed convolution what is cut off there,
+            output padding taken off behind.
+        transposed: whether it is a transposed convolution.
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    transposed: bool = False
+
+    def index(
+        self, sizes: Sequence[int], positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which input position every tap multiplies.
+
+        Args:
+            sizes: of the input.
+            positions: of the flat output, int64.
+
+        Returns:
+            Numbers of flat input positions, ``[positions, taps]``, and where there is none: bool of
+            the same shape (the number is 0 there).
+        """
+        taps = torch.arange(math.prod(self.kernel), device=positions.device)
+        rest = positions
+        found = torch.zeros(len(positions), len(taps), dtype=torch.int64, device=positions.device)
+        inside = torch.ones_like(found, dtype=torch.bool)
+        unit = 1
+        for dim in reversed(range(len(sizes))):
+            size, (before, behind) = sizes[dim], self.padding[dim]
+            kernel, stride, dilation = self.kernel[dim], self.stride[dim], self.dilation[dim]
+            reach = dilation * (kernel - 1)
+            if self.transposed:
+                out = (size - 1) * stride + reach + 1 - before - behind
+            else:
+                out = (size + before + behind - reach - 1) // stride + 1
+            place, rest = rest % out, rest // out
+            tap, taps = taps % kernel, taps // kernel
+            if self.transposed:
+                start = place[:, None] + before - tap * dilation
+                inside &= start % stride == 0
+                at = start // stride
+            else:
+                at = place[:, None] * stride - before + tap * dilation
+            inside &= (at >= 0) & (at < size)
+            found += at * unit
+            unit *= size
+        return found.masked_fill(~inside, 0), ~inside
 
 
 def convolution_regression(
-    source: fx.Node,
-    weight: fx.Node,
-    bias: fx.Node | None,
-    kernel: tuple[int, ...],
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
+    source: fx.Node, weight: fx.Node, bias: fx.Node | None, window: Window
 ) -> Regression:
-    """A convolution without groups, of one or two spatial dimensions, on batches."""
-    flat = len(kernel) == 1
-    pad = padding[::-1]
-    sizes, strides, dilations = (
-        ((1, *numbers) if flat else numbers) for numbers in (kernel, stride, dilation)
-    )
+    """A convolution of batches; a transposed one has no groups."""
 
-    def design(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        x = F.pad(x, [p for side in pad for p in (side, side)])
-        x = x.unsqueeze(2) if flat else x
-        high, wide = (
-            (size - d * (k - 1) - 1) // s + 1
-            for size, k, s, d in zip(x.shape[2:], sizes, strides, dilations, strict=True)
-        )
-        assert high > 0
-        at = torch.stack([positions // wide * strides[0], positions % wide * strides[1]])
-        taps = torch.cartesian_prod(
-            torch.arange(sizes[0], device=x.device) * dilations[0],
-            torch.arange(sizes[1], device=x.device) * dilations[1],
-        ).reshape(-1, 2)
-        picked = x[:, :, at[0][:, None] + taps[:, 0], at[1][:, None] + taps[:, 1]]
-        return picked.transpose(1, 2).flatten(2).flatten(0, 1)
+    def design(x: torch.Tensor, positions: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        index, outside = window.index(x.shape[2:], positions.to(x.device))
+        picked = x.flatten(2)[:, :, index].masked_fill_(outside, 0)
+        inside = weight.shape[0 if window.transposed else 1]
+        # [examples, groups, inside, positions, taps]
+        grouped = picked.unflatten(1, (-1, inside)).permute(1, 0, 3, 2, 4)
+        return grouped.flatten(3).flatten(1, 2)
 
     def response(y: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return y.flatten(2)[:, :, positions].transpose(1, 2).flatten(0, 1)
+
+    def turned(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.transpose(0, 1) if window.transposed else tensor
 
     return Regression(
         source,
@@ -94,8 +142,8 @@ def convolution_regression(
         1,
         design,
         response,
-        lambda tensor: tensor.flatten(1),
-        lambda matrix, like: matrix.reshape(like.shape),
+        lambda tensor: turned(tensor).flatten(1),
+        lambda matrix, like: turned(matrix.reshape(turned(like).shape)),
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from fxfib.coloring import ONE, ZERO, Factor, Value, unique_rows
-from fxfib.passes.regression import Regression, convolution_regression
+from fxfib.passes.regression import Regression, Window, convolution_regression
 from fxfib.passes.relations import Full, Keep, Move, Ref, Refine, Same
 from fxfib.passes.rules.base import Barrier, Mask, Rule, columns_read, overloads, register
 from fxfib.signature import ROUNDING_MULTIPLE, Form, collapse_columns
@@ -311,20 +311,22 @@ class Convolution(Rule):
     def regression(self, analysis: Analysis, node: fx.Node) -> Regression | None:
         bound = analysis.arguments(node)
         kernel = analysis.shape(bound["weight"])[2:]
-        fits = bound["groups"] == 1 and not self.transposed(analysis, node) and len(kernel) < 3
-        batched = len(analysis.shape(node)) == len(kernel) + 2
-        padding = bound["padding"]
-        if isinstance(padding, str) or not fits or not batched:
+        count = len(kernel)
+        transposed = self.transposed(analysis, node)
+        batched = len(analysis.shape(node)) == count + 2
+        if not batched or (transposed and bound["groups"] != 1):
             return None
-        stride, pads, dilation = (
-            tuple(v) * (len(kernel) // len(v))
-            if isinstance(v, (list, tuple))
-            else (v,) * len(kernel)
-            for v in (bound["stride"], padding, bound["dilation"])
-        )
-        return convolution_regression(
-            bound["input"], bound["weight"], bound["bias"], kernel, stride, pads, dilation
-        )
+        stride, dilation = (tuple(_each(bound[name], count)) for name in ("stride", "dilation"))
+        if isinstance(bound["padding"], str):
+            same = bound["padding"] == "same"
+            reach = [d * (k - 1) * same for d, k in zip(dilation, kernel, strict=True)]
+            padding = [(r // 2, r - r // 2) for r in reach]
+        else:
+            more = _each(bound.get("output_padding", 0), count)
+            given = zip(_each(bound["padding"], count), more, strict=True)
+            padding = [(p, p - m) for p, m in given]
+        window = Window(kernel, stride, tuple(padding), dilation, transposed)
+        return convolution_regression(bound["input"], bound["weight"], bound["bias"], window)
 
     def produces(self, analysis: Analysis, node: fx.Node) -> Iterator[tuple[str, Ref]]:
         kernel = len(analysis.shape(analysis.arguments(node)["weight"])) - 2

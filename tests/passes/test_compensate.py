@@ -12,7 +12,9 @@ from fxfib.calibration import synthetic
 from fxfib.capture import capture
 from fxfib.errors import InputError
 from fxfib.passes.compensate import RIDGE
-from fxfib.passes.regression import convolution_regression, positions_of
+from fxfib.passes.forward import Analysis
+from fxfib.passes.regression import positions_of
+from fxfib.passes.rules import find_rule
 
 
 def perceptron(activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
@@ -75,25 +77,104 @@ def test_the_reader_solves_the_regularised_least_squares(calibrated: bool) -> No
     torch.testing.assert_close(after.bias.double(), bias, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("dims", [1, 2])
-@pytest.mark.parametrize(("stride", "padding", "dilation"), [(1, 0, 1), (2, 1, 1), (1, 2, 2)])
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
+@pytest.mark.parametrize("groups", [1, 3, 6])
+@pytest.mark.parametrize(
+    ("stride", "padding", "dilation"), [(1, 0, 1), (2, 1, 1), (1, 2, 2), (1, "same", 2)]
+)
 def test_a_convolution_is_its_regression(
-    dims: int, stride: int, padding: int, dilation: int
+    kind: type[nn.Module], groups: int, stride: int, padding: int | str, dilation: int
 ) -> None:
-    torch.manual_seed(1)
-    kind = (nn.Conv1d, nn.Conv2d)[dims - 1]
-    kernel = (3, 2)[:dims]
-    layer = kind(5, 7, kernel, stride=stride, padding=padding, dilation=dilation)
-    x = torch.randn(3, 5, *(11, 9)[:dims])
-    y = layer(x)
-    found = convolution_regression(
-        None, None, None, kernel, (stride,) * dims, (padding,) * dims, (dilation,) * dims
+    dims = [nn.Conv1d, nn.Conv2d, nn.Conv3d].index(kind) + 1
+    layer = kind(
+        6, 12, (3, 2, 3)[:dims], stride=stride, padding=padding, dilation=dilation, groups=groups
     )
+    check_regression(layer, torch.randn(3, 6, *(11, 9, 7)[:dims]))
+
+
+@pytest.mark.parametrize("kind", [nn.ConvTranspose1d, nn.ConvTranspose2d])
+@pytest.mark.parametrize(
+    ("stride", "padding", "dilation", "more"), [(1, 0, 1, 0), (2, 1, 1, 1), (3, 2, 2, 1)]
+)
+def test_a_transposed_convolution_is_its_regression(
+    kind: type[nn.Module], stride: int, padding: int, dilation: int, more: int
+) -> None:
+    dims = [nn.ConvTranspose1d, nn.ConvTranspose2d].index(kind) + 1
+    kernel = (3, 2)[:dims]
+    layer = kind(5, 7, kernel, stride, padding, output_padding=more, dilation=dilation)
+    check_regression(layer, torch.randn(3, 5, *(7, 6)[:dims]))
+
+
+def check_regression(layer: nn.Module, x: torch.Tensor) -> None:
+    """In every group the rows of the design times the columns of the matrix are the response."""
+    torch.manual_seed(1)
+    nn.init.normal_(layer.weight)
+    captured = capture(layer.eval(), (x,))
+    analysis = Analysis(captured.graph_module).run()
+    (node,) = [n for n in analysis.graph_module.graph.nodes if "conv" in str(n.target)]
+    found = find_rule(node).regression(analysis, node)
+    y = layer(x)
     positions = positions_of(tuple(y.shape), 1, 10, seed=3)
     assert len(positions) == min(10, y[0, 0].numel())
-    rows = found.design(x, positions) @ found.matrix(layer.weight).t() + layer.bias
+    design = found.design(x, positions, layer.weight)
+    matrix = found.matrix(layer.weight)
+    assert design.shape == (layer.groups, len(x) * len(positions), matrix.shape[1])
+    rows = design @ matrix.unflatten(0, (layer.groups, -1)).transpose(1, 2)
+    rows = rows.transpose(0, 1).flatten(1) + layer.bias
     torch.testing.assert_close(rows, found.response(y, positions))
-    assert torch.equal(found.tensor(found.matrix(layer.weight), layer.weight), layer.weight)
+    assert torch.equal(found.tensor(matrix, layer.weight), layer.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_depthwise_taps_that_are_known(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where two channels are ``h`` and ``1.1 h``, the taps on their mean are a known mean."""
+    monkeypatch.setattr("fxfib.workshop.RIDGE", 1e-12)
+    torch.manual_seed(3)
+    first, last = nn.Conv1d(4, 10, 3, bias=False), nn.Conv1d(10, 3, 1)
+    deep = nn.Conv1d(10, 10, 3, padding=1, groups=10)
+    model = nn.Sequential(first, deep, last).to(dtype).eval()
+    with torch.no_grad():
+        first.weight[5:] = first.weight[:5] * 1.1
+        # The first two inputs are equal, so these rows are parallel in effect alone.
+        first.weight[5:, 0] += 0.02
+        first.weight[5:, 1] -= 0.02
+        deep.weight[5:] = deep.weight[:5] + 0.03 * torch.randn(5, 1, 3, dtype=dtype)
+        deep.bias[5:] = deep.bias[:5] + 0.01
+    inputs = torch.randn(300, 4, 12, dtype=dtype)
+    inputs[:, 1] = inputs[:, 0]
+    small = fxfib.compile(model, {"0": 0.3, "1": 0.3}, (inputs[:2],), calibration=inputs)
+    found = small.get_submodule("1")
+    assert found.weight.shape == (5, 1, 3) and found.groups == 5
+    mean = (deep.weight[:5] + 1.1 * deep.weight[5:]) / 2.1
+    close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0, "atol": 1e-12}
+    torch.testing.assert_close(found.weight, mean, **close)
+    torch.testing.assert_close(found.bias, (deep.bias[:5] + deep.bias[5:]) / 2, **close)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_groups_make_up_for_a_channel_that_the_others_know(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In both groups one channel is a mean of the two others: without it nothing changes."""
+    monkeypatch.setattr("fxfib.workshop.RIDGE", 1e-12)
+    torch.manual_seed(4)
+    first, deep = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 8, 3, padding=1, groups=2)
+    model = nn.Sequential(first, deep, nn.Conv2d(8, 3, 1)).to(dtype).eval()
+    with torch.no_grad():
+        deep.weight[:, 2] *= 0.1
+        for parameter in first.parameters():
+            for group in (0, 3):
+                parameter[group + 2] = 0.5 * parameter[group] - 0.3 * parameter[group + 1]
+    inputs = torch.randn(100, 3, 6, 6, dtype=dtype)
+    small, plain = (
+        fxfib.compile(
+            model, {"0": 1e-3}, (inputs[:2],), criterion="energy", calibration=inputs, compensate=on
+        )
+        for on in (True, False)
+    )
+    assert small.get_submodule("1").weight.shape == (8, 2, 3, 3)
+    bound = 1e-10 if dtype == torch.float32 else 1e-24
+    assert gap(model, small, inputs) < bound < gap(model, plain, inputs)
 
 
 def gap(model: nn.Module, small: nn.Module, inputs: torch.Tensor) -> float:
@@ -215,8 +296,8 @@ def test_wrong_calibration_is_refused(calibration: object, message: str) -> None
 def test_what_is_not_fitted_is_in_the_notes() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv1d(3, 14, 3), nn.ReLU(), nn.Conv1d(14, 8, 3, groups=2), nn.ReLU(), nn.Flatten(),
-        nn.Linear(48, 5),
+        nn.Conv1d(3, 14, 3), nn.ReLU(), nn.ConvTranspose1d(14, 8, 3, groups=2), nn.ReLU(),
+        nn.Flatten(), nn.Linear(80, 5),
     ).eval()  # fmt: skip
     small = fxfib.compile(model, 0.4, (torch.randn(4, 3, 10),), criterion="energy")
     assert small.fibration.parameters_after < small.fibration.parameters_before
