@@ -26,10 +26,11 @@ def test_planted_covers(seed: int) -> None:
 
 
 def test_ignored_flavors_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    covering_checks.one_sided(2)
+    subject = covering_checks.Subject.of(2)
+    covering_checks.one_sided(subject)
     monkeypatch.setattr(derivative, "flavors_along", lambda *_: (None, None))
     with pytest.raises(AssertionError):
-        covering_checks.one_sided(2)
+        covering_checks.one_sided(subject.anew())
 
 
 class Tied(nn.Module):
