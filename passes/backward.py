@@ -35,6 +35,7 @@ from fxfib.passes.rules.derivative import (
     equal_nodes,
     slack,
 )
+from fxfib.passes.rules.taken import Taken, taken_back
 
 aten = torch.ops.aten
 
@@ -243,7 +244,7 @@ class Adjoint:
             if parts is None:
                 continue
             self._current = node
-            error = self._total(parts)
+            error = self._total(node, parts)
             if is_tensor(node):
                 self.errors[node] = error
             if node.op != "call_function":
@@ -268,13 +269,16 @@ class Adjoint:
             del self.nodes[before:]
             return list(self.opaque(node, error, stop.reason, stop.remedy))
 
-    def _total(self, parts: list[Any]) -> Error:
-        """Several users: their errors add."""
+    def _total(self, node: fx.Node, parts: list[Any]) -> Error:
+        """Several users: their errors add; those of positions that were taken are laid together."""
         if isinstance(parts[0], tuple):
             items: dict[int, list[Any]] = {}
             for number, part in parts:
                 items.setdefault(number, []).append(part)
-            return {number: self._total(found) for number, found in items.items()}
+            return {number: self._total(node, found) for number, found in items.items()}
+        taken = [part for part in parts if isinstance(part, Taken)]
+        parts = [part for part in parts if not isinstance(part, Taken)]
+        parts += taken_back(self, node, taken)
         total = parts[0]
         for part in parts[1:]:
             total = self.call(aten.add.Tensor, total, part)

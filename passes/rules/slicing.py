@@ -22,6 +22,7 @@ from fxfib.passes.rules.base import (
     register,
 )
 from fxfib.passes.rules.movement import Movement
+from fxfib.passes.rules.taken import Taken
 from fxfib.passes.rules.tracing import (
     constant_factor,
     move_relations,
@@ -249,6 +250,19 @@ class Select(AlongAxis):
             return Value(analysis.shape(node), tuple(factors))
         position = index % value.shape[axis]
         return Value(analysis.shape(node), tuple(taken_factors(value, axis, position, 1)))
+
+    def backward(
+        self, adjoint: Adjoint, node: fx.Node, error: Error
+    ) -> Iterable[tuple[fx.Node, Any]]:
+        """Zero but for the position."""
+        analysis, source = adjoint.analysis, node.args[0]
+        assert isinstance(source, fx.Node)
+        (axis,) = self.touched(analysis, node)
+        index = analysis.arguments(node)["index"]
+        if isinstance(index, fx.Node) or analysis.dynamic(source, axis):
+            yield from super().backward(adjoint, node, error)
+        elif adjoint.wants(source):
+            yield source, Taken(axis, index % analysis.shape(source)[axis], error)
 
 
 @register

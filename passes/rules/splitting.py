@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from fxfib.passes.rules.base import (
     register,
 )
 from fxfib.passes.rules.slicing import AlongAxis
+from fxfib.passes.rules.taken import Taken
 from fxfib.passes.rules.tracing import taken_factors
 
 if TYPE_CHECKING:
@@ -137,6 +138,14 @@ class Unbind(Parts):
             if own != axis:
                 analysis.relate(Same((out, own - (own > axis)), (source, own)))
         return Value(analysis.shape(out), tuple(taken_factors(value, axis, number, 1)))
+
+    def backward(
+        self, adjoint: Adjoint, node: fx.Node, error: Error
+    ) -> Iterable[tuple[fx.Node, Any]]:
+        """Every part's errors go back to its position."""
+        axis = self.axis(adjoint.analysis, node)
+        for number, own in error.items():
+            yield node.args[0], Taken(axis, number, own)  # type: ignore[misc]
 
     def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
         return rewriter.repeat(node)

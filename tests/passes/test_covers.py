@@ -82,6 +82,64 @@ def test_parts_of_a_packed_projection_are_other_nodes(symmetry: str) -> None:
     assert sorted(map(len, found.values())) == [6, 6, 12]
 
 
+class Packed(nn.Module):
+    """Queries, keys and values from one matrix: taken by ``select``, or apart by ``unbind``."""
+
+    def __init__(self, *, module: bool) -> None:
+        super().__init__()
+        self.module = module
+        self.attention, self.head = nn.MultiheadAttention(6, 2, batch_first=True), nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        own = self.attention
+        if self.module:
+            return (self.head(own(x, x, x, need_weights=False)[0]),)
+        rows = F.linear(x, own.in_proj_weight, own.in_proj_bias).unflatten(-1, (3, 2, 3))
+        q, k, v = rows.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return (self.head(own.out_proj(mixed)),)
+
+
+@pytest.mark.parametrize("module", [True, False])
+def test_queries_keys_and_values_of_one_matrix_have_covers_of_their_own(module: bool) -> None:
+    """Copies among the values of the first head, and among queries and keys of the second."""
+    torch.manual_seed(3)
+    model = Packed(module=module).double()
+    rows, shift = model.attention.in_proj_weight, model.attention.in_proj_bias
+    columns = model.attention.out_proj.weight
+    with torch.no_grad():
+        for first, copy in ((12, 13), (3, 4), (9, 10)):
+            rows[copy], shift[copy] = rows[first], shift[first]
+        columns[:, 1] = columns[:, 0]
+    planted = np.arange(18)
+    planted[[13, 4, 10]] = [12, 3, 9]
+    inputs = (torch.randn(4, 5, 6, dtype=torch.float64),)
+    captured = capture(model.eval(), inputs)
+    errors = adjoint_checks.errors_of(captured)
+    assert adjoint_checks.emitted_as_autograd(errors) > 8
+    adjoint_checks.equal_in_opfibers(errors)
+    pairs = cover_checks.gradients_equal(errors.analysis, errors.continued, model, inputs)
+    assert pairs >= 3
+
+    def matrix(found: dict[str, np.ndarray]) -> list[int]:
+        (labels,) = (own for own in found.values() if len(own) == 18)
+        return labels.tolist()
+
+    packed = np.unique(planted, return_inverse=True)[1].tolist()
+    for symmetry in ("cover", "stable"):
+        assert matrix(cover_checks.covers_of(errors.continued, symmetry)) == packed
+    before = cover_checks.covers_of(errors.continued, "stable")
+    cover_checks.train(model, inputs, torch.optim.Adam(model.parameters(), 1e-2), 20)
+    after = labels_of(errors.continued.color(1e-7), errors.continued.values, "cover")
+    assert not cover_checks.coarsens(after, before)
+    # What is read otherwise is no copy any more.
+    with torch.no_grad():
+        columns[:, 1] += 0.1
+    planted[13] = 13
+    apart = labels_of(errors.continued.color(1e-7), errors.continued.values, "cover")
+    assert matrix(apart) == np.unique(planted, return_inverse=True)[1].tolist()
+
+
 class FromZeros(nn.Module):
     """A cell called step by step, without a first state."""
 
