@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -134,29 +136,71 @@ def inputs_known(captured: Captured) -> bool:
 def checked_batch(item: Any, captured: Captured) -> list[Any]:
     """One batch as the flat inputs of the graph; what follows the arguments is left out.
 
+    So are entries of a dict that are no arguments that were captured.  Tensors have no history and
+    can be trained on.
+
     Raises:
         InputError: it does not fit the model.
     """
     leaves = _leaves(item, captured)
     _check(leaves, captured)
-    return leaves
+    return [_free(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+
+
+def _free(tensor: torch.Tensor) -> torch.Tensor:
+    """The same without history; gradients cannot be computed from what inference mode made."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 def _leaves(item: Any, captured: Captured) -> list[Any]:
     arguments, keywords = captured.in_spec.unflatten([None] * captured.in_spec.num_leaves)
-    if isinstance(item, (tuple, list)) and not hasattr(item, "_fields"):
-        args = tuple(item)[: len(arguments)] if arguments else tuple(item)
-        kwargs: Mapping[str, Any] = {}
-    else:
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = {}
+    if _several(item):
+        args = tuple(item)
+        first: Any = args[0] if args else None
+        wanted = arguments[0] if arguments else None
+        if isinstance(first, Mapping) and not isinstance(wanted, Mapping):
+            args, kwargs = (), first
+        elif _several(first) and not _several(wanted):
+            args = tuple(first)
+    elif isinstance(item, Mapping):
+        args, kwargs = (), item
+    elif isinstance(item, torch.Tensor) or dataclasses.is_dataclass(item):
         args, kwargs = normalize_inputs(captured.source, item)
+    else:
+        raise InputError(
+            f"a batch of calibration or data is a {type(item).__name__}; give a tensor, a tuple of "
+            "arguments or a dict of them."
+        )
+    if kwargs:
+        args, kwargs = _by_name(kwargs, captured, len(arguments), keywords)
+    args = args[: len(arguments)] if arguments else args
     leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
     if spec != captured.in_spec:
         raise InputError(
-            f"a batch of calibration does not fit the model's arguments: {len(args)} positional "
-            f"and {sorted(kwargs)} by keyword, where {len(arguments)} and {sorted(keywords)} were "
-            "captured."
+            f"a batch of calibration or data does not fit the model's arguments: {len(args)} "
+            f"positional and {sorted(kwargs)} by keyword, where {len(arguments)} and "
+            f"{sorted(keywords)} were captured."
         )
     return leaves
+
+
+def _several(item: Any) -> bool:
+    """Whether it holds arguments one by one: a tuple or a list, but no named tuple."""
+    return isinstance(item, (tuple, list)) and not hasattr(item, "_fields")
+
+
+def _by_name(
+    named: Mapping[str, Any], captured: Captured, positional: int, keywords: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """Entries of a dict as the arguments that were captured: by position first, then by keyword."""
+    parameters = list(inspect.signature(captured.source.forward).parameters.values())
+    args = tuple(named.get(p.name, p.default) for p in parameters[:positional])
+    if inspect.Parameter.empty not in args and all(name in named for name in keywords):
+        return args, {name: named[name] for name in keywords}
+    # One argument that is a dict itself, or what does not fit.
+    return ((named,), {}) if positional == 1 and not keywords else ((), named)
 
 
 def _check(leaves: Sequence[Any], captured: Captured) -> None:

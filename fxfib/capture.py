@@ -16,7 +16,7 @@ from fxfib.errors import CaptureError, InputError
 from fxfib.exporting import export, quiet, static_export
 from fxfib.free_sizes import asked_axes, trials
 from fxfib.program import to_graph_module
-from fxfib.refusals import preserved, refuse_unsupported, unwrap
+from fxfib.refusals import preserved, refuse_inference, refuse_unsupported, unwrap
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ def capture(
     _refuse_useless(args, kwargs)
     axes = asked_axes(model, args, kwargs, dynamic_shapes)
     refuse_unsupported(model)
+    refuse_inference(model)
     with preserved(model), torch.no_grad(), quiet():
         program, notes, sizes = export(model, args, kwargs, axes)
         graph_module, more_notes = to_graph_module(model, program)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fxfib.errors import InputError
 from fxfib.files import move_into_place, staging_folder
 
 if TYPE_CHECKING:
@@ -58,6 +59,9 @@ class Store:
 
     The file belongs to one search: another model, other options or other data start afresh, and so
     does another place (runtime, threads and machine in words) where latency is measured.
+
+    Raises:
+        InputError: there is a file, and no search has written it.
     """
 
     def __init__(
@@ -71,11 +75,9 @@ class Store:
         self.points: dict[Key, Point] = {}
         self.mark = "" if path is None else _mark(workshop, evaluator, place)
         if self.path is not None and self.path.exists():
-            kept = json.loads(self.path.read_text())
-            if kept.get("search") == self.mark:
-                for data in kept["points"]:
-                    point = Point(**data)
-                    self.points[key_of(point.eps, point.refined)] = point
+            for data in _kept(self.path, self.mark):
+                point = Point(**data)
+                self.points[key_of(point.eps, point.refined)] = point
 
     def get(self, key: Key) -> Point | None:
         """A point that was made before."""
@@ -94,6 +96,19 @@ class Store:
             staged = folder / self.path.name
             staged.write_text(json.dumps(content))
             move_into_place(staged, self.path)
+
+
+def _kept(path: Path, mark: str) -> list[dict[str, Any]]:
+    """The points of a file, if they are of this search."""
+    try:
+        content = json.loads(path.read_text())
+        found = content["points"] if content["search"] == mark else []
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            f"{path} is no file of an earlier search; give another one as resume."
+        ) from error
+    assert isinstance(found, list)
+    return found
 
 
 def _mark(workshop: Workshop, evaluator: Evaluator | None, place: str | None) -> str:

@@ -54,7 +54,9 @@ def refined(
         max(float(torch.cat([t[k].flatten() for t in targets]).float().var()), 1e-12)
         for k in range(len(targets[0]))
     ]
-    optimizer = torch.optim.Adam(trained, RATE)
+    # A step of Adam is less than what half precision can tell apart.
+    wide = [p if p.dtype.itemsize > 2 else nn.Parameter(p.detach().float()) for p in trained]
+    optimizer = torch.optim.Adam(wide, RATE)
     total = passes * len(pieces)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
     generator = torch.Generator().manual_seed(0)
@@ -71,9 +73,14 @@ def refined(
                     difference(a, b, s, scores=scores)
                     for a, b, s in zip(found, targets[place], spread, strict=True)
                 ]).sum()  # fmt: skip
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+            with torch.no_grad():
+                for own, gradient in zip(wide, gradients, strict=True):
+                    own.grad = None if gradient is None else gradient.to(own.dtype)
+                optimizer.step()
+                for own, parameter in zip(wide, trained, strict=True):
+                    if own is not parameter:
+                        parameter.copy_(own)
             schedule.step()
             seen += 1
             step("refine", seen / total)

@@ -102,6 +102,20 @@ def _refuse_name(path: str) -> None:
         )
 
 
+def refuse_inference(model: nn.Module) -> None:
+    """Refuse tensors that autograd does not know: ``torch.export`` cannot read them.
+
+    Raises:
+        RefusedError: a parameter or buffer was made in inference mode.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_inference():
+            raise RefusedError(
+                f"{name} was made in torch.inference_mode(), where nothing can be trained or "
+                "exported; make or load the model outside, or give copy.deepcopy(model)."
+            )
+
+
 def _refuse_tensor(kind: str, name: str, tensor: Tensor) -> None:
     if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
         raise RefusedError(f"{kind} {name} is not initialised; run the lazy model once first.")

@@ -89,8 +89,8 @@ def tune(
         measured loss, and the eps of all groups, with which :func:`fxfib.compile` makes it.
 
     Raises:
-        InputError: not one target is given, it cannot be met (the message says what can), or an
-            option is out of range.
+        InputError: not one target is given, it cannot be met (the message says what can), an
+            option is out of range, or ``resume`` is a file of something else.
         as :func:`fxfib.compile`.
     """
     targets = {"max_loss_increase": max_loss_increase, "params": params, "macs": macs}
