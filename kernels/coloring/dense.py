@@ -140,18 +140,33 @@ def _distances(search: Closeness, members: Ints, values: Floats) -> Floats:
     """Float32 [m, m]: infinite on the diagonal and where a pair is not close."""
     count = len(members)
     table = np.empty((count, count), dtype=np.float32)
+    slack = _slack(search, members)
     for rows, others in _blocks(count):
-        if search.rows.has_bounds:
-            left = np.repeat(members[rows], others.stop - others.start)
-            right = np.tile(members[others], rows.stop - rows.start)
-            gap = search.distances(left, right).reshape(-1, others.stop - others.start)
-        else:
-            gap = cdist(values[rows], values[others], "chebyshev")
-            gap[gap > search.eps] = np.inf
+        gap = cdist(values[rows], values[others], "chebyshev")
+        far = gap > search.eps
+        if slack is not None:
+            # Where its bounds may make up for what a pair is too far apart, every column is asked.
+            left, right = np.nonzero(far & (gap <= search.eps + slack[rows, None] + slack[others]))
+            found = search.distances(members[rows][left], members[others][right])
+            far[left, right] = np.isinf(found)
+        gap[far] = np.inf
         table[rows, others] = gap
         table[others, rows] = gap.T
     np.fill_diagonal(table, np.inf)
     return table
+
+
+def _slack(search: Closeness, members: Ints) -> Floats | None:
+    """The largest bound of every row, a little more than it is; None where there are no bounds."""
+    if not search.rows.has_bounds:
+        return None
+    found = [search.rows.bounds(part, slice(None)).max(1) for part in _parts(members)]
+    return np.asarray(np.concatenate(found) * (1 + 1e-6))
+
+
+def _parts(members: Ints) -> Iterator[Ints]:
+    for start in range(0, len(members), _BLOCK_ROWS):
+        yield members[start : start + _BLOCK_ROWS]
 
 
 def _blocks(count: int) -> Iterator[tuple[slice, slice]]:
