@@ -17,7 +17,7 @@ from fxfib.errors import InputError
 from fxfib.macs import macs_of
 from fxfib.passes.rules.base import hint
 from fxfib.passes.stages import Step, silent
-from fxfib.synthesis import TOGETHER, examples_for, matched, norms_that_know
+from fxfib.synthesis import examples_for, matched, norms_that_know, together_for
 
 MOST_EXAMPLES = 4096
 BATCH = 256
@@ -104,8 +104,10 @@ def remembered(
     examples = normalize_inputs(captured.source, example_inputs, example_kwargs)
     leaves = pytree.tree_leaves(examples)
     places = _batched(captured)
-    count = examples_for(captured.graph_module, _batch_size(captured))
-    noise = list(synthetic(captured, leaves, count=count, together=TOGETHER))
+    size = _batch_size(captured)
+    count = examples_for(captured.graph_module, size)
+    together = together_for(captured.graph_module, size)
+    noise = list(synthetic(captured, leaves, count=count, together=together))
     return matched(captured.graph_module, noise, places, step)
 
 

@@ -14,6 +14,7 @@ images, sounds and fields have spectra that fall as one over the frequency.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,8 +32,9 @@ RATE = 0.1
 # core); and how many examples.  A network of which that makes fewer is not worth the wait.
 WORK = 2e12
 FEWEST, MOST = 32, 256
-# Examples that have the statistics together.
+# Examples that have the statistics together, and numbers that are kept for their gradients (4 GiB).
 TOGETHER = 128
+MOST_KEPT = 2**30
 # Ratios of variances beyond this are not told apart.
 SMALLEST_RATIO = 1e-6
 
@@ -87,7 +89,15 @@ def examples_for(graph_module: fx.GraphModule, batch: int) -> int:
     """How many examples the work allows; 0 where they are too few to tell anything."""
     one = max(macs_of(graph_module) / max(batch, 1), 1.0)
     count = int(min(MOST, WORK / (3 * STEPS * one)))
-    return count if count >= FEWEST else 0
+    return count if min(count, together_for(graph_module, batch)) >= FEWEST else 0
+
+
+def together_for(graph_module: fx.GraphModule, batch: int) -> int:
+    """How many examples can have the statistics together."""
+    values = (n.meta.get("val") for n in graph_module.graph.nodes if n.op == "call_function")
+    tensors = (value for value in values if isinstance(value, torch.Tensor))
+    numbers = sum(math.prod(map(hint, value.shape)) for value in tensors)
+    return min(TOGETHER, MOST_KEPT * batch // max(numbers, 1))
 
 
 def matched(

@@ -8,8 +8,9 @@ from torch import nn
 
 import fxfib
 from fxfib import workshop as workshops
+from fxfib.calibration import norms_known, remembered
 from fxfib.capture import capture
-from fxfib.synthesis import Observer, norms_that_know
+from fxfib.synthesis import Observer, norms_that_know, together_for
 from fxfib.workshop import Workshop
 
 
@@ -146,3 +147,20 @@ def test_a_network_too_large_for_that_is_fitted_on_noise(monkeypatch: pytest.Mon
     assert not large.like_data
     small = fxfib.compile(model, 0.3, (images,), criterion="energy")
     assert small.fibration.parameters_after < small.fibration.parameters_before
+
+
+def test_memory_says_how_many_have_the_statistics_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is kept for the gradients is counted by what the graph computes from one example."""
+    captured = capture(network(), (data(3, 1),))
+    sizes = [19 * 121, 23 * 36, 17 * 36]
+    # Every convolution with its norm and activation, the pool, its flat form, the scores.
+    one = 3 * sum(sizes) + 2 * 17 + 5
+    assert together_for(captured.graph_module, 3) == 128
+    monkeypatch.setattr("fxfib.synthesis.MOST_KEPT", 40 * one)
+    assert together_for(captured.graph_module, 3) == 40
+    batches = remembered(captured, (data(3, 1),), None)
+    assert [len(batch[0]) for batch in batches] == [40] * 6 + [16]
+    monkeypatch.setattr("fxfib.synthesis.MOST_KEPT", 31 * one)
+    assert not norms_known(captured)

@@ -305,8 +305,10 @@ class Convolution(Rule):
         if groups == 1:
             yield (bound["input"], axis), rows[0]
         else:
-            wide = [torch.block_diag(*rows)] if rows.shape[2] > 1 else [rows[:, :, 0].t()]
-            yield (bound["input"], axis), wide[0]
+            # What reads a channel alone counts by its norm; its taps would make a long matrix.
+            alone = rows.shape[2] == 1
+            wide = rows[:, :, 0].norm(dim=1).diag() if alone else torch.block_diag(*rows)
+            yield (bound["input"], axis), wide
 
     def regression(self, analysis: Analysis, node: fx.Node) -> Regression | None:
         bound = analysis.arguments(node)

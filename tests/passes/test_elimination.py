@@ -3,9 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import fxfib
+from fxfib.capture import capture
+from fxfib.passes.activations import activations_of
 from fxfib.passes.elimination import eliminate
+from fxfib.passes.outlook import Outlook
 
 
 def loss_of(covariance: torch.Tensor, demand: torch.Tensor, kept: list[int]) -> float:
@@ -55,3 +59,21 @@ def test_what_is_not_finite_is_refused(value: float) -> None:
     covariance[2, 2] = value
     with pytest.raises(fxfib.InputError, match="NaN or infinite"):
         eliminate(covariance, torch.eye(5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("groups", [1, 3, 6])
+def test_what_reads_nodes_apart_does_not_tie_them(groups: int) -> None:
+    """Demand is the product of the weight as a matrix: of a depthwise one, a diagonal."""
+    torch.manual_seed(2)
+    reader = nn.Conv1d(6, 12, 3, groups=groups)
+    model = nn.Sequential(nn.Conv1d(4, 6, 1), reader, nn.ReLU(), nn.Conv1d(12, 2, 1)).eval()
+    inputs = torch.randn(9, 4, 8)
+    graph = capture(model, (inputs,)).graph_module
+    first = next(n for n in graph.graph.nodes if "conv1d" in str(n.target))
+    found = activations_of(graph, Outlook(graph), [(inputs,)])[first, 1].demand
+    wide = torch.zeros(12, 6, 3, dtype=torch.float64)
+    per = 6 // groups
+    for out in range(12):
+        start = out // (12 // groups) * per
+        wide[out, start : start + per] = reader.weight[out].detach().double()
+    torch.testing.assert_close(found, torch.einsum("oit,ojt->ij", wide, wide))
