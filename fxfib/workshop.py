@@ -264,7 +264,7 @@ def rewrite(
             skip=skipped,
             separate=residual != "joint",
             policy=policy,
-        ).run()
+        ).run(step)
         step("plan")
         plan = make_plan(analysis, round_to, residual)
         step("rewrite")

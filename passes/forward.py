@@ -26,6 +26,7 @@ from fxfib.passes.rules import find_rule
 from fxfib.passes.rules.attention import color_root, flat_value
 from fxfib.passes.rules.base import Barrier, hint, is_tensor
 from fxfib.passes.rules.tracing import Block
+from fxfib.passes.stages import Step, silent
 from fxfib.signature import Form, unit_roundoff
 
 RANDOM = torch.Tag.nondeterministic_seeded
@@ -291,13 +292,17 @@ class Analysis:
         """Look for what spans several ops, before any of them is visited."""
         self.heads = find_heads(self)
 
-    def run(self) -> Analysis:
-        """Visit every node once; once more, where heads turn out to be equal."""
-        self._walk()
+    def run(self, step: Step = silent) -> Analysis:
+        """Visit every node once; once more, where heads turn out to be equal.
+
+        Args:
+            step: told which share of the nodes were visited.
+        """
+        self._walk(step)
         if self.merging and (equal := equal_heads(self)):
             self._forget()
             self.whole = equal
-            self._walk()
+            self._walk(step)
         return self
 
     def _forget(self) -> None:
@@ -306,10 +311,11 @@ class Analysis:
         self.relations, self.refusals, self.edges, self._alone = [], [], [], {}
         self.opaque, self.heads = set(), Heads()
 
-    def _walk(self) -> None:
+    def _walk(self, step: Step) -> None:
         self.find()
         remaining = {node: len(node.users) for node in self.graph_module.graph.nodes}
-        for node in self.graph_module.graph.nodes:
+        for place, node in enumerate(remaining):
+            step("color", place / len(remaining))
             self.visit(node)
             for source in node.all_input_nodes:
                 remaining[source] -= 1
