@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +32,8 @@ class Evaluator:
         original: loss of the original (0 without a loss function).
 
     Raises:
-        InputError: data that can be read only once, is empty, or does not fit the model.
+        InputError: data that can be read only once, is empty, or does not fit the model; a loss
+            that is no number, or not finite for the original.
     """
 
     def __init__(
@@ -49,6 +52,8 @@ class Evaluator:
         self.loss_fn = loss_fn
         self.step = step
         self.original = self.loss(captured.graph_module)
+        if not math.isfinite(self.original):
+            raise InputError(f"the original's own loss on data is {self.original}.")
 
     def loss(self, graph_module: fx.GraphModule) -> float:
         """The loss of a graph that takes the captured inputs.
@@ -70,7 +75,7 @@ class Evaluator:
                 found = graph_module(*leaves)
                 if self.loss_fn is not None:
                     output = pytree.tree_unflatten(list(found), self.captured.out_spec)
-                    total += float(self.loss_fn(output, item[-1])) * size
+                    total += _number(self.loss_fn(output, item[-1])) * size
                 else:
                     expected = self.captured.graph_module(*leaves)
                     for a, b in zip(found, expected, strict=True):
@@ -86,3 +91,13 @@ class Evaluator:
             return total / count
         gap, square, mean = (moments / count).tolist()
         return gap / max(square - mean**2, 1e-300)
+
+
+def _number(loss: Any) -> float:
+    """A loss as a plain number."""
+    if isinstance(loss, torch.Tensor) and loss.numel() == 1:
+        return float(loss)
+    if isinstance(loss, numbers.Real):
+        return float(loss)
+    found = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+    raise InputError(f"loss_fn must give one number, the mean of a batch, not {found}.")

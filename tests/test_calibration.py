@@ -125,3 +125,44 @@ def test_a_file_of_something_else_is_not_overwritten(tmp_path: Path, text: str) 
     with pytest.raises(InputError, match="no file of an earlier search"):
         fxfib.tune(perceptron(), example_inputs=(X[:2],), params=0.6, resume=str(path))
     assert path.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (float("nan"), "the original's own loss on data is nan"),
+        (None, "must give one number, the mean of a batch, not NoneType"),
+        (torch.zeros(60), r"must give one number, the mean of a batch, not shape \(60,\)"),
+    ],
+)
+def test_a_loss_that_says_nothing_is_refused(loss: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        fxfib.tune(
+            perceptron(),
+            [(X, Y)],
+            lambda output, target: loss,
+            example_inputs=(X[:2],),
+            max_loss_increase=0.1,
+        )
+
+
+def test_a_search_goes_on_over_shuffled_data(tmp_path: Path) -> None:
+    """The same loss up to the order of its sum is the same search."""
+    batches = [(X[k : k + 7], Y[k : k + 7]) for k in range(0, 60, 7)]
+    path = tmp_path / "search"
+    calls = []
+
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return F.cross_entropy(output, target)
+
+    made = []
+    for order in (batches, batches[::-1], batches[3:] + batches[:3]):
+        calls.clear()
+        fxfib.tune(
+            perceptron(), order, loss, example_inputs=(X[:2],), max_loss_increase=0.02, refine=0,
+            resume=str(path),
+        )  # fmt: skip
+        made.append(len(calls) // len(batches))
+    # Afterwards only the original and the result are evaluated.
+    assert made[0] > 3 and made[1:] == [2, 2]
