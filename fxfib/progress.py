@@ -19,7 +19,7 @@ class Progress:
     """
 
     def __init__(self, title: str, shown: bool | None) -> None:
-        self.title = title
+        self.whole = self.title = title
         self.name: str | None = None
         self.bar = tqdm(
             total=1.0,
@@ -42,6 +42,10 @@ class Progress:
         if share is not None:
             self.bar.bar_format = MEASURED
             self.bar.update(min(share, 1.0) - self.bar.n)
+
+    def part(self, name: str) -> None:
+        """Tell which part of the work begins; its steps are shown behind it."""
+        self.title, self.name = f"{self.whole}, {name}", None
 
     def __enter__(self) -> Progress:
         return self

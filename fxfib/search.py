@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -34,12 +34,25 @@ BISECTIONS = 7
 
 
 class Search:
-    """Points on the way to a target."""
+    """Points on the way to a target.
 
-    def __init__(self, workshop: Workshop, evaluator: Evaluator | None, store: Store) -> None:
+    Args:
+        workshop, evaluator, store: what makes, measures and keeps them.
+        part: told which network is made next.
+    """
+
+    def __init__(
+        self,
+        workshop: Workshop,
+        evaluator: Evaluator | None,
+        store: Store,
+        part: Callable[[str], None] = lambda name: None,
+    ) -> None:
         self.workshop = workshop
         self.evaluator = evaluator
         self.store = store
+        self.part = part
+        self.made = 0
         self.tried: dict[Key, Point] = {}
         self.path: Path | None = None
         self.precisions: dict[int, dict[str, float]] = {}
@@ -56,6 +69,8 @@ class Search:
         key = key_of(eps, refine)
         known = self.tried.get(key) or self.store.get(key)
         if known is None or (measure and known.loss is None):
+            self.made += 1
+            self.part(f"network {self.made}")
             rewriter, small = self.workshop.rewritten(dict(eps))
             sizes = sum(p.numel() for p in small.parameters()), macs_of(small) // self.batch
             loss = None

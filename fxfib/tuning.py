@@ -125,7 +125,8 @@ def tune(
             measured.append(note)
         evaluator = None if data is None else Evaluator(workshop.captured, data, loss_fn, step)
         place = None if aim is None else setting_of(runtime)
-        search = Search(workshop, evaluator, Store(resume, workshop, evaluator, place))
+        store = Store(resume, workshop, evaluator, place)
+        search = Search(workshop, evaluator, store, step.part)
         if strategy == "bisection":
             assert max_loss_increase is not None
             best = search.layer_by_layer(max_loss_increase)
@@ -142,6 +143,7 @@ def tune(
             best = search.within_size(kind, params if params is not None else macs or 0.0)
         if max_loss_increase is None:
             best = replace(best, refined=workshop.refine > 0)
+        step.part("the result")
         rewriter, small = workshop.rewritten(best.eps)
         notes = [*measured, *workshop.fitted(rewriter, small, refine=best.refined)]
         if evaluator is not None:

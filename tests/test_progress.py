@@ -55,3 +55,15 @@ def test_every_long_step_of_a_compile_tells_its_share(
         assert shares == sorted(shares) and shares[0] >= 0 and shares[-1] <= 1
     assert told["compensate"][-1] == told["refine"][-1] == told["measure"][-1] == 1
     assert bool(shown(capsys)) == asked
+
+
+def test_tune_tells_which_network_it_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts: list[str] = []
+    monkeypatch.setattr(Progress, "part", lambda self, name: parts.append(name))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 20), nn.ReLU(), nn.Linear(20, 3)).eval()
+    inputs = torch.randn(60, 5)
+    small = fxfib.tune(model, example_inputs=(inputs[:2],), params=0.5, calibration=inputs)
+    made = [point for point in small.fibration.frontier if point.made]
+    assert len(made) > 1
+    assert parts == [*(f"network {k + 1}" for k in range(len(made))), "the result"]
