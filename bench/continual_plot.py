@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 PANELS = {
-    "accuracy": "test accuracy after the task, %", "online": "accuracy while learning, %",
+    "accuracy": "accuracy after the task, %", "online": "accuracy while learning, %",
     "redundant": "redundant nodes", "dead": "dead nodes", "rank": "effective rank, last layer",
     "weight": "mean absolute weight",
 }  # fmt: skip

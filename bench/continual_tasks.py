@@ -60,12 +60,16 @@ def perceptron(width: int = 100, inputs: int = 196) -> nn.Sequential:
 
 
 def convolutional() -> nn.Sequential:
-    """The published network for images of 32 x 32 and two classes."""
+    """The published network for images of 32 x 32 and two classes.
+
+    Pooled before the ReLU, which is the same function, and with channels last: both for speed.
+    """
     layers: list[nn.Module] = []
     for before, after, size in ((3, 32, 5), (32, 64, 3), (64, 128, 3)):
-        layers += [nn.Conv2d(before, after, size), nn.ReLU(), nn.MaxPool2d(2)]
+        layers += [nn.Conv2d(before, after, size), nn.MaxPool2d(2), nn.ReLU()]
     layers += [nn.Flatten(), nn.Linear(512, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(128, 2))
+    network = nn.Sequential(*layers, nn.Linear(128, 2))
+    return network.to(memory_format=torch.channels_last)
 
 
 class PermutedMnist:
@@ -130,7 +134,29 @@ class ClassPairs:
         return Task(*parts)
 
 
-def cifar(root: str, sizes: tuple[int, int] = (600, 100)) -> ClassPairs:
+class RandomLabels:
+    """Images and one of two labels each, drawn anew for every task: there is nothing but memory.
+
+    They are asked about, too, so that the accuracy at the end is that of what was learned.
+
+    Args:
+        images: 8-bit, ``[n, 3, 32, 32]``, to draw from; as numbers they lie in [-0.5, 0.5].
+        size: how many are learned, half of them with either label.
+    """
+
+    def __init__(self, images: Tensor, size: int) -> None:
+        self.images, self.size = images, size
+
+    def __call__(self, seed: int, number: int) -> Task:
+        """The order in which they are drawn says nothing of their classes: nor do the labels."""
+        source = generator(seed, number)
+        chosen = self.images[torch.randperm(len(self.images), generator=source)[: self.size]]
+        chosen = chosen.float() / 255 - 0.5
+        labels = torch.arange(self.size) % 2
+        return Task(chosen, labels, chosen, labels)
+
+
+def class_pairs(root: str, sizes: tuple[int, int]) -> ClassPairs:
     """Pairs of the classes of CIFAR-10."""
     parts: list[list[Tensor]] = []
     for train in (True, False):
@@ -190,8 +216,14 @@ def mnist_setting(root: str) -> Setting:
 
 
 def cifar_setting(root: str) -> Setting:
-    """The published network and step size; fewer images and passes, so that it ends in minutes."""
-    stream = cifar(root, (100, 200))
+    """Labels to be memorised by the published network; step size and momentum as published."""
+    stream = RandomLabels(cifar10.pictures(Path(root), train=True)[0], 100)
+    return Setting(stream, convolutional, 80, 20, 10, 0.02, 0.9, fresh_head=True)
+
+
+def pairs_setting(root: str) -> Setting:
+    """As published, on CIFAR-10; fewer images and passes, so that it ends in minutes."""
+    stream = class_pairs(root, (100, 200))
     return Setting(stream, convolutional, 100, 20, 20, 0.02, 0.9, fresh_head=True)
 
 
@@ -201,4 +233,10 @@ def imagenet_setting(root: str) -> Setting:
     return Setting(stream, convolutional, 5000, 300, 200, 0.02, 0.9, fresh_head=True)
 
 
-SETTINGS = {"mnist": mnist_setting, "cifar": cifar_setting, "imagenet": imagenet_setting}
+SETTINGS = {
+    "mnist": mnist_setting, "cifar": cifar_setting, "pairs": pairs_setting,
+    "imagenet": imagenet_setting,
+}  # fmt: skip
+# The column that says how well it goes, by which tuning chooses: what is memorised is all learned
+# in the end, sooner or later.
+JUDGED = {name: "online" if name == "cifar" else "accuracy" for name in SETTINGS}

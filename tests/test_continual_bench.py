@@ -134,6 +134,43 @@ def test_pairs_take_every_class_once_a_lap(bench: Any) -> None:
         bench.continual_tasks.ClassPairs(pairs.sources[0], pairs.sources[1], 7, (6, 2))(0, 0)
 
 
+def test_random_labels_are_drawn_anew_for_every_task(bench: Any) -> None:
+    images = torch.arange(50, dtype=torch.uint8).view(50, 1, 1, 1).expand(-1, 3, 2, 2)
+    labels = bench.continual_tasks.RandomLabels(images, 20)
+    task, same, other = labels(1, 0), labels(1, 0), labels(1, 1)
+    assert task.labels.tolist().count(1) == 10
+    assert torch.equal(task.images, same.images) and torch.equal(task.test_images, task.images)
+    assert len({float(x[0, 0, 0]) for x in task.images}) == 20
+    assert task.images.amin() >= -0.5 and task.images.amax() <= 49 / 255 - 0.5
+    # Some image of both tasks has the other label.
+    first, second = (
+        {float(x[0, 0, 0]): int(y) for x, y in zip(t.images, t.labels, strict=True)}
+        for t in (task, other)
+    )
+    assert any(first[x] != second[x] for x in first.keys() & second.keys())
+    assert bench.continual_tasks.JUDGED == {
+        "mnist": "accuracy", "cifar": "online", "pairs": "accuracy", "imagenet": "accuracy",
+    }  # fmt: skip
+
+
+def test_the_published_network_pools_before_the_relu(bench: Any) -> None:
+    torch.manual_seed(3)
+    network, images = bench.continual_tasks.convolutional(), torch.rand(4, 3, 32, 32)
+    assert [tuple(p.shape) for p in network.parameters() if p.ndim > 1] == [
+        (32, 3, 5, 5), (64, 32, 3, 3), (128, 64, 3, 3), (128, 512), (128, 128), (2, 128),
+    ]  # fmt: skip
+    hidden = images
+    for layer in network:
+        if isinstance(layer, (nn.MaxPool2d, nn.ReLU)):
+            continue
+        hidden = layer(hidden)
+        if isinstance(layer, nn.Conv2d):
+            hidden = nn.functional.max_pool2d(torch.relu(hidden), 2)
+        elif isinstance(layer, nn.Linear) and layer is not network[-1]:
+            hidden = torch.relu(hidden)
+    torch.testing.assert_close(network(images), hidden)
+
+
 def test_a_folder_of_images(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = pytest.importorskip("PIL.Image")
     for label in ("a", "b", "c"):
@@ -161,8 +198,10 @@ def test_the_best_options_are_those_of_the_tuning_seeds(bench: Any) -> None:
         {"method": "l2", "options": name(o), "seed": s, "task": t, "accuracy": a}
         for o, a in ((first, 50.0), (second, 60.0)) for s in (1000, 1001) for t in range(8)
     ]  # fmt: skip
-    assert bench.continual.chosen("l2", []) == first
-    assert bench.continual.chosen("l2", rows) == second
+    assert bench.continual.chosen("mnist", "l2", []) == first
+    assert bench.continual.chosen("mnist", "l2", rows) == second
+    online = [{**row, "online": 100 - row["accuracy"]} for row in rows]
+    assert bench.continual.chosen("cifar", "l2", online) == first
     assert set(bench.continual_methods.OPTIONS) == set(bench.continual_methods.METHODS)
 
 
