@@ -160,13 +160,11 @@ def _slack(search: Closeness, members: Ints) -> Floats | None:
     """The largest bound of every row, a little more than it is; None where there are no bounds."""
     if not search.rows.has_bounds:
         return None
-    found = [search.rows.bounds(part, slice(None)).max(1) for part in _parts(members)]
-    return np.asarray(np.concatenate(found) * (1 + 1e-6))
-
-
-def _parts(members: Ints) -> Iterator[Ints]:
+    slack = np.empty(len(members))
     for start in range(0, len(members), _BLOCK_ROWS):
-        yield members[start : start + _BLOCK_ROWS]
+        part = slice(start, start + _BLOCK_ROWS)
+        slack[part] = search.rows.bounds(members[part], slice(None)).max(1)
+    return slack * (1 + 1e-6)
 
 
 def _blocks(count: int) -> Iterator[tuple[slice, slice]]:

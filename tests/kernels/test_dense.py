@@ -22,7 +22,6 @@ def test_bounds_make_up_for_what_a_pair_is_too_far_apart(
         "entry": rng.random((700, 11)) * 0.3,
     }[absolute]
     bounds = Bounds(matrix, rng.random(11) * 0.1 if relative else None)
-    bounds = None if absolute is None and not relative else bounds
     search = Closeness(PlainRows(values, bounds), 2.0)
     members = rng.permutation(700)
     left, right = np.triu_indices(700, 1)
