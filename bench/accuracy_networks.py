@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,13 +73,23 @@ class Data:
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))
         return [(self.train[b], self.train_labels[b]) for b in order.split(100)]
 
+    def answers(self, model: nn.Module) -> list[int]:
+        """The class of every test image."""
+        with torch.no_grad():
+            return torch.cat([model(x).argmax(1) for x in self.test.split(AT_ONCE)]).tolist()
+
+    def right(self, answers: list[int]) -> float:
+        """Test accuracy in percent, of the answers of a model."""
+        return agreement(answers, self.test_labels.tolist())
+
     def accuracy(self, model: nn.Module) -> float:
         """Test accuracy in percent."""
-        right = 0
-        with torch.no_grad():
-            for x, y in zip(self.test.split(AT_ONCE), self.test_labels.split(AT_ONCE), strict=True):
-                right += int((model(x).argmax(1) == y).sum())
-        return 100 * right / len(self.test)
+        return self.right(self.answers(model))
+
+
+def agreement(answers: Sequence[Any], others: Sequence[Any]) -> float:
+    """How many are the same, in percent."""
+    return 100 * sum(a == b for a, b in zip(answers, others, strict=True)) / len(answers)
 
 
 def perceptron(width: int = HIDDEN) -> nn.Sequential:

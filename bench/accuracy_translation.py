@@ -22,8 +22,8 @@ EXAMPLE = (16, 20)
 class Sentences:
     """Sentences of Multi30k, with the members of ``accuracy_networks.Data``.
 
-    ``calibration`` gives training sentences, ``accuracy`` the BLEU of the first validation
-    sentences, in percent.
+    ``calibration`` gives training sentences, ``right`` the BLEU of the first validation sentences,
+    in percent.
     """
 
     dynamic_shapes: Any = SHAPES
@@ -48,10 +48,13 @@ class Sentences:
         some.sort(key=lambda pair: (len(pair[1]), len(pair[0])))
         return [examples(some, BATCH, first) for first in range(0, count, BATCH)]
 
-    def accuracy(self, model: nn.Module) -> float:
-        """BLEU."""
-        texts = [self.vocabulary.decode(row) for row in translate(model, self.measured)]
-        return bleu(texts, self.wanted)
+    def answers(self, model: nn.Module) -> list[str]:
+        """The translation of every sentence."""
+        return [self.vocabulary.decode(row) for row in translate(model, self.measured)]
+
+    def right(self, answers: list[str]) -> float:
+        """BLEU of the answers of a model."""
+        return bleu(answers, self.wanted)
 
 
 def trained_translator(root: Path) -> nn.Module:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from fxfib.errors import InputError
 from fxfib.modules import FibrationModule
-from fxfib.refining import difference, floating
+from fxfib.passes.difference import difference, floating
 from fxfib.report import Report
 from fxfib.tuning import tune
 

@@ -126,7 +126,9 @@ class Workshop:
     def activations(self) -> Mapping[Ref, Activation]:
         """Second moments on the calibration inputs."""
         self.step("measure")
-        return activations_of(self.graph_module, self.outlook, self.batches, self.step)
+        return activations_of(
+            self.graph_module, self.outlook, self.batches, self.step, scores=self.like_data
+        )
 
     @cached_property
     def exact(self) -> Analysis:

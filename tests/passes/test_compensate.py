@@ -247,6 +247,17 @@ def test_refining_comes_nearer() -> None:
     assert gap(model, refined, inputs[400:]) < 0.8 * gap(model, fitted, inputs[400:])
 
 
+def test_refining_leaves_a_network_near_that_was_near() -> None:
+    model, inputs = perceptron(), torch.randn(800, 7)
+    given = {"criterion": "energy", "calibration": inputs[:400]}
+    eps = {"0": 1e-3, "2": 1e-3}
+    fitted = fxfib.compile(model, eps, (inputs[:2],), **given)
+    refined = fxfib.compile(model, eps, (inputs[:2],), **given, refine=10)
+    assert fitted.fibration.parameters_after < fitted.fibration.parameters_before
+    assert gap(model, fitted, inputs[400:]) < 1e-12
+    assert gap(model, refined, inputs[400:]) < 1e-12
+
+
 def test_twice_the_same() -> None:
     model, inputs = network(), torch.randn(40, 3, 8, 8)
     for given in ({}, {"calibration": inputs, "refine": 1}):

@@ -1,0 +1,60 @@
+"""How far the outputs of a small network are from the original's, where nothing else is known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+# What the squared difference of class scores counts beside the divergence of their softmax.
+SQUARED = 0.1
+# Examples whose histories are kept at a time.
+BATCH = 128
+
+
+def difference(
+    found: torch.Tensor, wanted: torch.Tensor, spread: float, *, scores: bool = True
+) -> torch.Tensor:
+    """How far one output is from the original's; 0 only where both are equal.
+
+    The mean squared difference over ``spread``.  What has the shape of class scores, ``[batch,
+    several]``, is compared as such: by the Kullback-Leibler divergence of the softmax, plus a tenth
+    of the squared difference, which alone would spend the network on scores of no consequence.
+    Not ``scores``: what noise scores highest means nothing, so the squared difference is all.
+    """
+    found, wanted = found.float(), wanted.float()
+    squared = (found - wanted).square().mean() / spread
+    if not (scores and has_scores(found)):
+        return squared
+    ours, theirs = F.log_softmax(found, 1), F.log_softmax(wanted, 1)
+    return F.kl_div(ours, theirs, log_target=True, reduction="batchmean") + SQUARED * squared
+
+
+def has_scores(output: torch.Tensor) -> bool:
+    """Whether an output has the shape of class scores."""
+    return output.ndim == 2 and output.shape[1] > 1
+
+
+def spreads_of(outputs: Sequence[Sequence[torch.Tensor]]) -> list[float]:
+    """The variance of every output, over all pieces of the inputs."""
+    return [
+        max(float(torch.cat([t[k].flatten() for t in outputs]).float().var()), 1e-12)
+        for k in range(len(outputs[0]))
+    ]
+
+
+def pieces_of(batch: Sequence[Any]) -> list[Sequence[Any]]:
+    """Smaller batches of a flat one, where all inputs are as long."""
+    sizes = {len(t) for t in batch if isinstance(t, torch.Tensor) and t.ndim}
+    if len(sizes) != 1 or not all(isinstance(t, torch.Tensor) and t.ndim for t in batch):
+        return [batch]
+    (size,) = sizes
+    return [[t[start : start + BATCH] for t in batch] for start in range(0, size, BATCH)]
+
+
+def floating(outputs: object) -> list[torch.Tensor]:
+    """The floating tensors among the outputs of a call."""
+    leaves = torch.utils._pytree.tree_leaves(outputs)
+    return [t for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point()]
