@@ -65,8 +65,8 @@ def compile(
             cosine, of two clusters of collapsed rows with their biases that are still joined.
             ``"energy"``: the share of the energy of what its readers compute that may go.  Told
             from the weights, nodes merge or are dropped, whichever loses less; measured on the
-            calibration inputs, or on those that batch norm knows of, nodes are dropped that the
-            outputs can do without, and eps is the share of what all of the layer is worth to them.
+            calibration inputs, or on those that batch norm knows of, nodes are dropped whose
+            readers can do without.
             At eps = 0 all of them are exact.
         calibration: at eps > 0, inputs like those the model will see, without labels: a tensor, or
             an iterable of batches (tensors, tuples of arguments, dicts), such as a ``DataLoader``

@@ -150,7 +150,7 @@ def _frontier(figure: Any, report: Report) -> Any:
     chosen = [p for p in points if p[2]]
     axes.plot([p[0] for p in chosen], [p[1] for p in chosen], "o", ms=11, color=CONSTANT)
     axes.set_xlabel("parameters")
-    axes.set_ylabel("loss" if measured else "predicted loss")
+    axes.set_ylabel("loss" if measured else "predicted share of energy lost")
     axes.set_title(_title(report, "size against loss"))
     return made
 

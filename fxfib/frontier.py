@@ -33,8 +33,7 @@ class Point:
     Attributes:
         parameters, macs: counted where it was made, else predicted.
         eps: of every group, by module path; ``fxfib.compile(..., eps=point.eps)`` makes it.
-        predicted: how far the outputs go, summed over groups (with recurrent layers: the shares of
-            energy that readers lose); None: not predicted.
+        predicted: sum over groups of the share of energy that is lost; None: not predicted.
         loss: measured on the data; None: not measured.
         made: whether it was really made.
         chosen: whether it is what was returned.

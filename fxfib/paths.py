@@ -23,7 +23,7 @@ class Path:
         curves: the groups.
         gone: for every point, how many nodes of each group have gone.
         parameters, macs: predicted sizes.
-        lost: predicted loss, summed over groups.
+        lost: predicted loss: shares of energy, summed over groups.
     """
 
     curves: Sequence[Curve]

@@ -51,8 +51,8 @@ def tune(
     """Choose one eps for every group of layers, then compile.
 
     ``"marginal"``: groups give up nodes one after another, always where the least predicted loss is
-    paid for what is saved; the predicted loss is how far the outputs go from the original's, to
-    second order, measured on the calibration inputs or on noise.  Along this path the target is
+    paid for what is saved; the predicted loss is the energy that the readers of each group lose,
+    told from the weights, or measured on the calibration inputs.  Along this path the target is
     found by bisection over networks that are really made (sizes) and evaluated (losses).
     ``"bisection"``, as published: layer by layer, in order, the largest eps whose measured loss
     stays within the tolerance; it needs ``max_loss_increase``.

@@ -126,9 +126,7 @@ class Workshop:
     def activations(self) -> Mapping[Ref, Activation]:
         """Second moments on the calibration inputs."""
         self.step("measure")
-        return activations_of(
-            self.graph_module, self.outlook, self.batches, self.step, scores=self.like_data
-        )
+        return activations_of(self.graph_module, self.outlook, self.batches, self.step)
 
     @cached_property
     def exact(self) -> Analysis:

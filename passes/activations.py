@@ -10,7 +10,6 @@ import torch
 from torch import fx
 
 from fxfib.passes.compensate import FEWEST_ROWS, ROWS_PER_COLUMN, Batches
-from fxfib.passes.demands import demands_of
 from fxfib.passes.forward import Analysis
 from fxfib.passes.outlook import Outlook
 from fxfib.passes.regression import positions_of
@@ -27,14 +26,11 @@ class Activation:
 
     Attributes:
         covariance: float64 ``[n, n]``, of the nodes as they are read (behind their activation).
-        demand: float64 ``[n, n]``, what the outputs demand of them (:mod:`fxfib.passes.demands`),
-            or, where that cannot be measured, products of the columns that read them.
-        measured: whether the demand is that of the outputs, in one unit for all values.
+        demand: float64 ``[n, n]``, products of the columns that read them.
     """
 
     covariance: torch.Tensor
     demand: torch.Tensor
-    measured: bool = False
 
 
 def as_read(analysis: Analysis, node: fx.Node, axis: int) -> fx.Node:
@@ -58,14 +54,8 @@ def activations_of(
     outlook: Outlook,
     batches: Batches,
     step: Step = silent,
-    *,
-    scores: bool = True,
 ) -> Mapping[Ref, Activation]:
-    """One run over all inputs, and some back; see :class:`Activation`.
-
-    Args:
-        scores: see :func:`fxfib.passes.difference.difference`.
-    """
+    """One run over all inputs; see :class:`Activation`."""
     analysis = outlook.exact
     places = {
         (node, axis): node if isinstance(axis, str) else as_read(analysis, node, axis)
@@ -95,13 +85,11 @@ def activations_of(
                     first[ref] = first.get(ref, 0) + rows.sum(0, dtype=torch.float64).cpu()
                     second[ref] = second.get(ref, 0) + (rows.t() @ rows).double().cpu()
             step("measure", (number + 1) / len(batches))
-    demands = demands_of(graph_module, places, batches, scores=scores)
     return {
         ref: Activation(
             second[ref] / count[ref]
             - torch.outer(first[ref] / count[ref], first[ref] / count[ref]),
-            _demand(outlook, ref, len(first[ref])) if demands is None else demands[ref],
-            demands is not None,
+            _demand(outlook, ref, len(first[ref])),
         )
         for ref in places
     }

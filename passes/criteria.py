@@ -207,37 +207,29 @@ class EnergyPolicy(Policy):
 
 
 class CalibratedPolicy(EnergyPolicy):
-    """Drops the nodes that the outputs miss least, measured on inputs.
+    """Drops the nodes whose readers lose least, measured on inputs.
 
     A dropped node is merged into the constant zero; what it meant to its readers is to be given to
     the others by compensation.  Equal nodes are merged as at eps = 0.
 
     Args:
-        eps: the share of what all nodes of a value are worth to the outputs that may be lost.
+        eps: the share of the readers' variance that may be lost.
         outlook: what reads every node.
-        activations: covariance of the nodes of every colored axis, and the demand for them.
+        activations: covariance of the nodes of every colored axis, and what reads them.
     """
 
     def __init__(self, eps: Eps, outlook: Outlook, activations: Mapping[Ref, Activation]) -> None:
         super().__init__(eps, outlook)
         self.activations = activations
         self._orders: dict[Ref, tuple[Labels, Floats]] = {}
-        self._totals: dict[Ref, float] = {}
 
     def order(self, ref: Ref) -> tuple[Labels, Floats]:
         """The nodes in the order in which they go, and the share that is lost then."""
         if ref not in self._orders:
             known = self.activations[ref]
             order, lost = eliminate(known.covariance, known.demand)
-            total = max(float(lost[-1]) if len(lost) else 0.0, 1e-300)
-            self._orders[ref] = order, lost / total
-            self._totals[ref] = total if known.measured else 1.0
+            self._orders[ref] = order, lost / max(float(lost[-1]) if len(lost) else 0.0, 1e-300)
         return self._orders[ref]
-
-    def total(self, ref: Ref) -> float:
-        """What all nodes of a value are worth, in one unit for all values."""
-        self.order(ref)
-        return self._totals[ref]
 
     def lost(self, ref: Ref, form: Form, exact: Factor) -> Floats:
         order, lost = self.order(ref)

@@ -23,11 +23,10 @@ class Curve:
         ref: the value that was colored, and the axis of its nodes.
         layers: module paths of the layers behind it; they share one eps.
         size: number of nodes.
-        lost: float64 ``[at most size - 1]``, not decreasing: how far the outputs go (where that
-            cannot be told, the share of the readers' variance that is lost) when 1, 2, ... nodes
-            have gone, measured on inputs.  Without data the linkage of rows says which nodes are
-            alike, and little of how many a layer needs: noise sent through the network tells that
-            better.
+        lost: float64 ``[at most size - 1]``, not decreasing: the share of its readers' variance
+            that is lost when 1, 2, ... nodes have gone, measured on inputs.  Without data the
+            linkage of rows says which nodes are alike, and little of how many a layer needs: noise
+            sent through the network tells that better.
     """
 
     ref: Ref
@@ -47,7 +46,7 @@ class Recorder(EnergyPolicy):
     def choose(self, ref: Ref, form: Form, exact: Factor) -> Factor:
         if ref not in self.guide.activations or (~exact.constant).sum() < 2:
             return exact
-        lost = self.guide.lost(ref, form, exact) * self.guide.total(ref)
+        lost = self.guide.lost(ref, form, exact)
         layers = {path for layer in layers_behind(ref[0]) for path in owners(layer)}
         if len(lost) > 1 and layers:
             names = tuple(sorted(layers))

@@ -112,7 +112,9 @@ def test_rows_come_back_and_are_summed_up(accuracy: Any, tmp_path: Path) -> None
     read = accuracy.read(path)
     assert [accuracy.key(row) for row in read] == [accuracy.key(row) for row in rows]
     line = accuracy.summary(read).splitlines()[1].split()
-    assert line[3:6] == ["2.00", "1.00", "3.00"]
+    assert line[3:7] == ["2.00", "1.00", "3.00", "0.00"]
+    unknown = [{**row, "agreement": ""} for row in read]  # as in rows of before it was measured
+    assert accuracy.summary(unknown).splitlines()[1].split()[6] == "-"
 
 
 def test_missing_data_is_said(
