@@ -76,7 +76,8 @@ def compile(
         compensate: at eps > 0, fit every layer that reads merged nodes to what the original
             computes on the calibration inputs, by least squares.
         refine: at eps > 0, how often the result is then trained once over the calibration inputs to
-            give the original's outputs (least squares, Adam); needs no labels.
+            give the original's outputs (Adam, mixtures of inputs); needs no labels.  One input in
+            eight is kept apart, from least squares, too: the pass that is nearest there is taken.
         round_to: keep merged widths multiples of this number where the original width allows it.
         residual: how values are stored that an addition couples, or that an op needs at full width.
             ``"joint"``: all in one layout, nothing is copied.  ``"index"``: each by its own fibers,

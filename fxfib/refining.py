@@ -10,23 +10,26 @@ import torch
 from torch import fx, nn
 
 from fxfib.passes.compensate import Batches
-from fxfib.passes.difference import difference, floating, pieces_of, spreads_of
+from fxfib.passes.difference import difference, floating, length_of, pieces_of, spreads_of
 from fxfib.passes.stages import Step, silent
 
-RATE = 1e-3
+RATE = 3e-4
 # The difference from which on the whole rate pays.  Adam moves every weight by about the rate at
-# each step, however near the network is already: 10 passes at this rate end 0.003 to 0.006 from the
-# original (MNIST perceptron), where the start was nearer, too.  That floor goes with the square of
-# the rate; a rate that goes with the root of the difference stays below the start.
+# each step, however near the network is already, and the floor that it reaches goes with the square
+# of the rate: a rate that goes with the root of the difference stays below the start.
 FAR = 1e-2
 # Passes over the inputs where nobody asked for a number.
 PASSES = 10
+BATCH = 32
+# One example in so many is not learned from: it judges.
+APART = 8
 
 
 def refined(
     original: fx.GraphModule,
     small: fx.GraphModule,
     inputs: Callable[[int], Batches],
+    apart: Batches,
     passes: int,
     *,
     scores: bool = True,
@@ -36,38 +39,47 @@ def refined(
 
     Adam with a cosine schedule on :func:`difference`, at a rate of
 
-    .. math:: 10^{-3} \min(1, \sqrt{d / 0.01})
+    .. math:: 3 \cdot 10^{-4} \min(1, \sqrt{d / 0.01})
 
-    with :math:`d` the difference at the start, so that a network that is near stays near.  Batch
-    norms keep their statistics.  Deterministic: batches in a fixed random order.
+    with :math:`d` the difference at the start, so that a network that is near stays near.  Inputs
+    that come again are mixed, each with another of its batch, and the original is asked about the
+    mixture (mixup): from few inputs as they are a network learns little that holds for others.
+    Of the network at the start and after every pass that one is returned which is nearest to the
+    original on inputs that are kept apart.  Batch norms keep their statistics.  Deterministic.
 
     Args:
-        inputs: the batches of every pass, by its number from 0; the same object is not run through
-            ``original`` again.
+        inputs: the batches of every pass, by its number from 0; the same object means that inputs
+            come again.
+        apart: what judges; see :func:`parted`.
         scores: see :func:`difference`.
         step: told which share of the training is done.
 
     Returns:
-        A note, where there was nothing to train.
+        A note, where there was nothing to train, or nothing was gained.
     """
     _own(small)
     trained = [p for p in small.parameters() if p.requires_grad]
     batches = inputs(0)
-    pieces = [piece for batch in batches for piece in pieces_of(batch)]
+    pieces = [piece for batch in batches for piece in pieces_of(batch, BATCH)]
     if not trained or not pieces:
         return ["nothing was refined: no parameter requires a gradient"]
-    targets = _outputs(original, pieces)
-    spread = spreads_of(targets)
+    apart = [piece for batch in apart for piece in pieces_of(batch, BATCH)]
+    aims, targets = _outputs(original, apart), _outputs(original, pieces)
+    spread = spreads_of(aims + targets)
 
-    def gap(place: int) -> torch.Tensor:
-        found = floating(small(*pieces[place]))
+    def gap(piece: Sequence[Any], wanted: list[torch.Tensor]) -> torch.Tensor:
+        found = floating(small(*piece))
         return torch.stack([
             difference(a, b, s, scores=scores)
-            for a, b, s in zip(found, targets[place], spread, strict=True)
+            for a, b, s in zip(found, wanted, spread, strict=True)
         ]).sum()  # fmt: skip
 
-    with torch.no_grad():
-        start = sum(float(gap(place)) for place in range(len(pieces))) / len(pieces)
+    def judged() -> float:
+        with torch.no_grad():
+            return sum(float(gap(*pair)) for pair in zip(apart, aims, strict=True)) / len(apart)
+
+    start = judged()
+    best, kept = start, [p.detach().clone() for p in trained]
     rate = RATE * min(1.0, math.sqrt(max(start, 0.0) / FAR))
     # A step of Adam is less than what half precision can tell apart.
     wide = [p if p.dtype.itemsize > 2 else nn.Parameter(p.detach().float()) for p in trained]
@@ -77,13 +89,18 @@ def refined(
     generator = torch.Generator().manual_seed(0)
     seen = 0
     for number in range(passes):
-        if inputs(number) is not batches:
+        again = inputs(number) is batches
+        if not again:
             batches = inputs(number)
-            pieces = [piece for batch in batches for piece in pieces_of(batch)]
+            pieces = [piece for batch in batches for piece in pieces_of(batch, BATCH)]
             targets = _outputs(original, pieces)
         for place in torch.randperm(len(pieces), generator=generator).tolist():
+            piece, wanted = pieces[place], targets[place]
+            if again and _mixable(piece):
+                piece = _mixed(piece, generator)
+                (wanted,) = _outputs(original, [piece])
             with torch.enable_grad():
-                loss = gap(place)
+                loss = gap(piece, wanted)
             gradients = torch.autograd.grad(loss, trained, allow_unused=True)
             with torch.no_grad():
                 for own, gradient in zip(wide, gradients, strict=True):
@@ -95,8 +112,56 @@ def refined(
             schedule.step()
             seen += 1
             step("refine", seen / total)
+        now = judged()
+        if now < best:
+            best, kept = now, [p.detach().clone() for p in trained]
+    with torch.no_grad():
+        for parameter, value in zip(trained, kept, strict=True):
+            parameter.copy_(value)
     optimizer.zero_grad()
-    return []
+    return [] if best < start else ["refining brought nothing nearer to the original: it is undone"]
+
+
+def parted(batches: Batches) -> tuple[Batches, Batches]:
+    """Inputs to learn from, and one example in eight to judge by, or one batch in eight where
+    batches cannot be cut.  So few that none can be spared do both.
+    """
+    learned, apart, whole = [], [], []
+    for batch in batches:
+        count = length_of(batch)
+        if count is None or count < APART:
+            whole.append(batch)
+            continue
+        judges = torch.arange(count) % APART == APART - 1
+        learned.append([t[~judges.to(t.device)] for t in batch])
+        apart.append([t[judges.to(t.device)] for t in batch])
+    for place, batch in enumerate(whole):
+        (apart if place % APART == APART - 1 else learned).append(batch)
+    return (learned, apart) if learned and apart else (batches, batches)
+
+
+def _mixable(piece: Sequence[Any]) -> bool:
+    """Whether there is an input between two inputs: not of token numbers, nor of masks."""
+    return all(
+        isinstance(t, torch.Tensor)
+        and t.is_floating_point()
+        and t.ndim > 0
+        and len(t) > 1
+        and bool(torch.isfinite(t).all())
+        for t in piece
+    )
+
+
+def _mixed(piece: Sequence[torch.Tensor], generator: torch.Generator) -> list[torch.Tensor]:
+    """Every example with some of another; at least half is its own."""
+    count = len(piece[0])
+    other = torch.randperm(count, generator=generator)
+    share = 0.5 + 0.5 * torch.rand(count, generator=generator)
+    mixed = []
+    for tensor in piece:
+        own = share.to(tensor.device, tensor.dtype).reshape(-1, *[1] * (tensor.ndim - 1))
+        mixed.append(own * tensor + (1 - own) * tensor[other.to(tensor.device)])
+    return mixed
 
 
 def _outputs(original: fx.GraphModule, pieces: list[Sequence[Any]]) -> list[list[torch.Tensor]]:

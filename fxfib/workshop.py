@@ -30,7 +30,7 @@ from fxfib.passes.rules import find_rule
 from fxfib.passes.rules.recurrent import Recurrent
 from fxfib.passes.rules.recurrent_cell import RecurrentCell
 from fxfib.passes.stages import Step, silent
-from fxfib.refining import PASSES, refined
+from fxfib.refining import PASSES, parted, refined
 
 RECURRENT = (Recurrent, RecurrentCell)
 BLIND = (
@@ -111,10 +111,15 @@ class Workshop:
         self.step("synthesize")
         return remembered(self.captured, *self.example, step=self.step)
 
+    @cached_property
+    def parts(self) -> tuple[Batches, Batches]:
+        """What is learned from and what judges, where something is refined."""
+        return parted(self.batches)
+
     def inputs(self, number: int) -> Batches:
         """Inputs of a pass: those like data again and again, or fresh noise every time."""
         if self.like_data or number == 0:
-            return self.batches
+            return self.parts[0]
         return drawn(self.captured, *self.example, seed=number)
 
     @cached_property
@@ -181,11 +186,13 @@ class Workshop:
             notes.append(BLIND)
         elif self.compensate:
             self.step("compensate")
-            notes = compensate(rewriter, small, self.batches, ridge=RIDGE, step=self.step)
+            # What judges a refined network must not have been fitted to.
+            batches = self.parts[0] if self.refine and refine else self.batches
+            notes = compensate(rewriter, small, batches, ridge=RIDGE, step=self.step)
         if self.refine and refine:
             self.step("refine")
             notes += refined(
-                self.graph_module, small, self.inputs, self.refine,
+                self.graph_module, small, self.inputs, self.parts[1], self.refine,
                 scores=self.like_data, step=self.step,
             )  # fmt: skip
         return notes

@@ -45,13 +45,20 @@ def spreads_of(outputs: Sequence[Sequence[torch.Tensor]]) -> list[float]:
     ]
 
 
-def pieces_of(batch: Sequence[Any]) -> list[Sequence[Any]]:
-    """Smaller batches of a flat one, where all inputs are as long."""
-    sizes = {len(t) for t in batch if isinstance(t, torch.Tensor) and t.ndim}
-    if len(sizes) != 1 or not all(isinstance(t, torch.Tensor) and t.ndim for t in batch):
+def length_of(batch: Sequence[Any]) -> int | None:
+    """How many examples a flat batch has; None where its inputs are not as long."""
+    if not all(isinstance(t, torch.Tensor) and t.ndim for t in batch):
+        return None
+    sizes = {len(t) for t in batch}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def pieces_of(batch: Sequence[Any], most: int = BATCH) -> list[Sequence[Any]]:
+    """Smaller batches of a flat one, of at most so many examples, where it can be cut."""
+    size = length_of(batch)
+    if size is None:
         return [batch]
-    (size,) = sizes
-    return [[t[start : start + BATCH] for t in batch] for start in range(0, size, BATCH)]
+    return [[t[start : start + most] for t in batch] for start in range(0, size, most)]
 
 
 def floating(outputs: object) -> list[torch.Tensor]:

@@ -1,0 +1,130 @@
+"""Refining: what judges, what is mixed, and that nothing gets worse."""
+
+import copy
+import importlib
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+# The package has a function of a module's name.
+refining = importlib.import_module("fxfib.refining")
+
+
+def graphs(seed: int = 0) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """A network and one near it."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 4))
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return fx.symbolic_trace(model), fx.symbolic_trace(other)
+
+
+def gap(one: nn.Module, other: nn.Module, inputs: Tensor) -> float:
+    with torch.no_grad():
+        return float((one(inputs) - other(inputs)).square().mean())
+
+
+def test_every_eighth_example_judges() -> None:
+    x, y = torch.arange(20)[:, None], torch.arange(20)
+    (learned,), (apart,) = refining.parted([[x, y]])
+    assert apart[1].tolist() == [7, 15]
+    assert torch.equal(apart[0][:, 0], apart[1])
+    assert sorted([*learned[1].tolist(), 7, 15]) == list(range(20))
+
+
+def test_every_eighth_batch_judges_where_batches_cannot_be_cut() -> None:
+    batches = [[torch.full((3,), k), torch.zeros(2)] for k in range(9)]
+    learned, apart = refining.parted(batches)
+    assert [int(b[0][0]) for b in apart] == [7]
+    assert len(learned) == 8
+
+
+def test_so_few_that_none_can_be_spared_do_both() -> None:
+    batches = [[torch.randn(3, 5)]]
+    learned, apart = refining.parted(batches)
+    assert learned is batches
+    assert apart is batches
+
+
+def test_what_judges_is_not_learned_from_and_gets_no_farther() -> None:
+    """Learned and judged inputs contradict each other: the original says other things there."""
+    original, _ = graphs()
+    small, before = copy.deepcopy(original), copy.deepcopy(original)
+    inputs = torch.randn(64, 5)
+
+    class Wrong(fx.GraphModule):
+        """Says the opposite of inputs below zero."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = original(x)
+            return torch.where(x[:, :1] < 0, -y, y)
+
+    wrong = Wrong(original, original.graph)
+    wrong.forward = Wrong.forward.__get__(wrong)  # type: ignore[method-assign]
+    learned = inputs.clone()
+    learned[:, 0] = -learned[:, 0].abs() - 1
+    apart = inputs.clone()
+    apart[:, 0] = apart[:, 0].abs() + 1
+    notes = refining.refined(wrong, small, lambda number: [[learned]], [[apart]], 5)
+    assert notes == ["refining brought nothing nearer to the original: it is undone"]
+    assert gap(before, small, inputs) == 0.0
+    # Judged by what it learns from, the same training is kept.
+    notes = refining.refined(wrong, small, lambda number: [[learned]], [[learned]], 5)
+    assert notes == []
+    assert gap(before, small, inputs) > 0
+
+
+def test_the_best_pass_is_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a rate that throws the network about, what is returned is still nearer than the start."""
+    monkeypatch.setattr(refining, "RATE", 0.03)
+    original, small = graphs()
+    inputs, apart = torch.randn(256, 5), torch.randn(64, 5)
+    start = gap(original, small, apart)
+    refining.refined(original, small, lambda number: [[inputs]], [[apart]], 10)
+    assert gap(original, small, apart) < start
+
+
+def test_a_mixture_lies_between_two_examples_and_nearer_to_its_own() -> None:
+    x = torch.eye(16)
+    y = torch.arange(16.0)[:, None].expand(16, 3)
+    a, b = refining._mixed([x, y], torch.Generator().manual_seed(0))
+    torch.testing.assert_close(a.sum(1), torch.ones(16))
+    assert (a.diagonal() >= 0.5).all()
+    assert ((a > 0).sum(1) <= 2).all()
+    assert ((a > 0).sum(1) == 2).sum() > 8
+    torch.testing.assert_close(b[:, 0], a @ torch.arange(16.0))  # all inputs are mixed alike
+    again = refining._mixed([x, y], torch.Generator().manual_seed(0))
+    assert torch.equal(a, again[0])
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        [torch.arange(6)],
+        [torch.randn(6, 2), torch.ones(6, dtype=torch.bool)],
+        [torch.randn(6, 2), torch.full((6, 2), -torch.inf)],
+        [torch.randn(1, 2)],
+        [torch.randn(6, 2), 3],
+    ],
+    ids=["tokens", "mask", "additive mask", "one", "number"],
+)
+def test_what_has_nothing_between_is_not_mixed(piece: list[object]) -> None:
+    assert not refining._mixable(piece)
+    assert refining._mixable([torch.randn(6, 2), torch.randn(6)])
+
+
+def test_fresh_inputs_are_not_mixed_and_known_ones_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    mixed = refining._mixed
+    monkeypatch.setattr(refining, "_mixed", lambda *given: calls.append(1) or mixed(*given))
+    original, small = graphs()
+    refining.refined(
+        original, small, lambda number: [[torch.randn(64, 5)]], [[torch.randn(9, 5)]], 3
+    )
+    assert len(calls) == 0
+    inputs = [[torch.randn(64, 5)]]
+    refining.refined(original, small, lambda number: inputs, [[torch.randn(9, 5)]], 3)
+    assert len(calls) == 3 * 2
