@@ -126,7 +126,9 @@ def parted(batches: Batches) -> tuple[Batches, Batches]:
     """Inputs to learn from, and one example in eight to judge by, or one batch in eight where
     batches cannot be cut.  So few that none can be spared do both.
     """
-    learned, apart, whole = [], [], []
+    learned: list[Sequence[Any]] = []
+    apart: list[Sequence[Any]] = []
+    whole: list[Sequence[Any]] = []
     for batch in batches:
         count = length_of(batch)
         if count is None or count < APART:
