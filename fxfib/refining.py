@@ -89,9 +89,10 @@ def refined(
     generator = torch.Generator().manual_seed(0)
     seen = 0
     for number in range(passes):
-        again = inputs(number) is batches
+        given = inputs(number)
+        again = given is batches
         if not again:
-            batches = inputs(number)
+            batches = given
             pieces = [piece for batch in batches for piece in pieces_of(batch, BATCH)]
             targets = _outputs(original, pieces)
         for place in torch.randperm(len(pieces), generator=generator).tolist():
