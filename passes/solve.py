@@ -215,9 +215,7 @@ class Solver:
         grown = False
         for ref in list(self.ids):
             goal = min(len(self.ids[ref]), -(-self.classes(ref) // multiple) * multiple)
-            while self.classes(ref) < goal:
-                self._grow(ref)
-                grown = True
+            grown |= self._grow_to(ref, goal)
         return grown
 
     def _equalize(self) -> bool:
@@ -231,25 +229,42 @@ class Solver:
                     max((self.classes(ref) + 1 for ref in equal.above), default=0),
                 )
                 for ref in equal.refs:
-                    while self.classes(ref) < goal:
-                        self._grow(ref)
-                        grown = again = True  # what it is tied to may be wider now
+                    again |= self._grow_to(ref, goal)  # what it is tied to may be wider now
+            grown |= again
         return grown
 
-    def _grow(self, ref: Ref) -> None:
-        """One slot more: split the largest class (of equal ones the first), or drop a node less."""
-        ids, keep = self.ids[ref], self.keep[ref]
-        counts = np.bincount(ids[keep], minlength=int(ids.max()) + 1)
+    def _grow_to(self, ref: Ref, goal: int) -> bool:
+        """Slots until there are as many as wanted; whether any came.
+
+        What an axis is tied to is settled after every step, which takes long, and may give the axis
+        more slots than the step asked for.  So steps are large, but half of what would do if all
+        brought as much as those before.
+        """
+        size, each = self.classes(ref), 1
+        if size >= goal:
+            return False
+        step = 1
+        while size < goal:
+            self._grow(ref, step)
+            before, size = size, self.classes(ref)
+            each = max(each, -(-(size - before) // step))
+            step = max(1, (goal - size) // (2 * each))
+        return True
+
+    def _grow(self, ref: Ref, count: int) -> None:
+        """More slots: split the largest class (of equal ones the first), or drop a node less."""
+        ids, keep = self.ids[ref].copy(), self.keep[ref].copy()
+        for _ in range(count):
+            counts = np.bincount(ids[keep], minlength=int(ids.max()) + 1)
+            if counts.max() > 1:
+                member = np.flatnonzero((ids == counts.argmax()) & keep)[-1]
+            else:
+                member = np.flatnonzero(~keep)[0]
+                keep[member] = True
+            ids[member] = ids.max() + 1
         queue: deque[Relation] = deque()
-        if counts.max() > 1:
-            member = np.flatnonzero((ids == counts.argmax()) & keep)[-1]
-            split = ids.copy()
-            split[member] = ids.max() + 1
-            self._set(ref, split, queue)
-        else:
-            back = _only(len(ids), np.flatnonzero(~keep)[0])
-            self._set(ref, unique_rows(ids, back), queue)
-            self._keep(ref, back, queue)
+        self._set(ref, ids, queue)
+        self._keep(ref, keep, queue)
         self._settle(queue)
 
 
