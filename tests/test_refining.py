@@ -94,7 +94,7 @@ def test_a_mixture_lies_between_two_examples_and_nearer_to_its_own() -> None:
     torch.testing.assert_close(a.sum(1), torch.ones(16))
     assert (a.diagonal() >= 0.5).all()
     assert ((a > 0).sum(1) <= 2).all()
-    assert ((a > 0).sum(1) == 2).sum() > 8
+    assert 3 < ((a > 0).sum(1) == 2).sum() < 13
     torch.testing.assert_close(b[:, 0], a @ torch.arange(16.0))  # all inputs are mixed alike
     again = refining._mixed([x, y], torch.Generator().manual_seed(0))
     assert torch.equal(a, again[0])
