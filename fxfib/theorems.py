@@ -119,7 +119,8 @@ def check(
 
     Args:
         model, example_inputs, example_kwargs: as for :func:`fxfib.compile`; in eval mode.
-        loss_fn: from the model's output to a scalar; it may hold the targets.
+        loss_fn: from the model's output, in float64, to a scalar.  It may hold the targets (and
+            weights of classes, in float64), and is called again and again: no noise in it.
         eps, opfiber_eps: as for :func:`fxfib.color`; above 0 deviations are measured, not judged.
         lr: of the one step of gradient descent.
 
@@ -132,6 +133,8 @@ def check(
         As :func:`fxfib.color` otherwise.
     """
     check_options(eps, "fibration", None)
+    if not callable(loss_fn):
+        raise InputError(f"loss_fn must be callable, not {type(loss_fn).__name__}.")
     if not isinstance(lr, (int, float)) or not math.isfinite(lr):
         raise InputError(f"lr must be a finite number, not {lr!r}.")
     if opfiber_eps is not None:

@@ -201,3 +201,8 @@ def test_what_is_equal_up_to_the_rounding_of_the_weights_holds(dtype: torch.dtyp
 def test_the_step_is_a_number(lr: object) -> None:
     with pytest.raises(InputError, match="lr must be"):
         fxfib.check(pair(), torch.randn(7, 3, dtype=torch.float64), squares, lr=lr)  # type: ignore[arg-type]
+
+
+def test_the_loss_is_a_function() -> None:
+    with pytest.raises(InputError, match="loss_fn must be callable, not Tensor"):
+        fxfib.check(pair(), torch.randn(7, 3, dtype=torch.float64), torch.zeros(7))  # type: ignore[arg-type]
