@@ -326,9 +326,11 @@ class Monitor:
         """Go on where :meth:`state_dict` was taken.
 
         Raises:
-            InputError: it is of other layers, or was measured otherwise.
+            InputError: it is none, of other layers, or was measured otherwise.
         """
         own = [self.eps, self.opfiber_eps, self.criterion, self.batch_statistics]
+        if state.keys() != self.state_dict().keys():
+            raise InputError("the state is none of fxfib.Monitor.")
         if list(state["measure"]) != own:
             raise InputError(
                 f"the state was measured with {tuple(state['measure'])}, not {tuple(own)}."

@@ -229,8 +229,10 @@ class Renewal(ABC):
         """Go on where :meth:`state_dict` was taken.
 
         Raises:
-            InputError: it is of other layers.
+            InputError: it is of other layers, or of another way to renew nodes.
         """
+        if state.keys() != self.state_dict().keys():
+            raise InputError(f"the state is none of {type(self).__name__}.")
         sizes = {name: len(ages) for name, ages in state["ages"].items()}
         if sizes != {name: unit.size for name, unit in self.units.items()}:
             raise InputError("the state is that of other layers.")

@@ -191,7 +191,7 @@ def test_state_goes_on() -> None:
     two = [[(r.layer, r.node) for r in breakers[1].step()] for _ in range(6)]
     assert one == two
     with pytest.raises(InputError, match="other layers"):
-        breakers[0].load_state_dict({"steps": 1, "due": {}, "ages": {"0": [1]}})
+        breakers[0].load_state_dict({**breakers[0].state_dict(), "ages": {"0": [1]}})
 
 
 def test_what_would_change_the_function_is_undone() -> None:
@@ -645,3 +645,17 @@ def test_the_outputs_are_compared_outside_of_autocast() -> None:
 def test_what_is_no_optimizer_is_refused(wrong: Any) -> None:
     with pytest.raises(InputError, match="no optimizer"):
         fxfib.SymmetryBreaker(mlp(), wrong, torch.randn(9, 3, dtype=torch.float64))
+
+
+def test_states_of_another_kind_are_refused() -> None:
+    model, x = mlp(), torch.randn(9, 3, dtype=torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    one = fxfib.SymmetryBreaker(model, optimizer, x)
+    other = fxfib.ContinualBackpropagation(model, optimizer, x)
+    monitor = fxfib.Monitor(model, x)
+    for into, state in (
+        (one, other.state_dict()), (other, one.state_dict()), (monitor, one.state_dict()),
+        (one, {}), (monitor, {}),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match="the state is none of"):
+            into.load_state_dict(state)
