@@ -142,12 +142,14 @@ class Collector:
         self.held = 0
 
     def add(self, inputs: Any, labels: Tensor | None) -> None:
-        """One batch more."""
+        """One batch more; one without examples adds nothing."""
         leaves = [
             leaf.to(self.home) if isinstance(leaf, Tensor) else leaf
             for leaf in pytree.tree_leaves(normalize_inputs(self.source, inputs))
         ]
         own = None if labels is None else labels.to(self.home)
+        if any(isinstance(leaf, Tensor) and not leaf.numel() for leaf in leaves):
+            return
 
         def see(name: str, table: Tensor) -> None:
             if name not in self.moments:

@@ -113,12 +113,18 @@ class ContinualBackpropagation(Renewal):
         @torch.no_grad()
         def observe(module: nn.Module, args: tuple[Any, ...]) -> None:
             own, h = self.running[unit.layer], activations(place, module, args[0])
-            own["seen"] += 1
-            own["mean"].lerp_(h.mean(2).double(), 1 - self.decay)
-            center = own["mean"] / (1 - self.decay ** own["seen"])[:, None]
+            if not h.numel():
+                return
+            # What overflows (as it may in mixed precision) would stay in the means for ever.
+            fine = torch.isfinite(h).all(2).all(1)
+            h = torch.where(fine[:, None, None], h, 0.0)
+            weight = (1 - self.decay) * fine.double()
+            own["seen"] += fine
+            own["mean"].lerp_(h.mean(2).double(), weight[:, None].expand_as(own["mean"]))
+            center = own["mean"] / (1 - self.decay ** own["seen"].clamp_min(1))[:, None]
             spread = (h - center.to(h.dtype)[:, :, None]).abs().mean((1, 2)).double()
             incoming = self._size(unit.incoming).clamp_min(1e-12)
-            own["utility"].lerp_(spread * self._size(unit.outgoing) / incoming, 1 - self.decay)
+            own["utility"].lerp_(spread * self._size(unit.outgoing) / incoming, weight)
 
         return hook
 
@@ -151,7 +157,7 @@ class ShrinkAndPerturb:
     """The other baseline: all parameters shrink and get a little of a new initialisation.
 
     ``p <- (1 - shrink) p + perturb * fresh``, where ``fresh`` is drawn by the modules' own
-    ``reset_parameters``.
+    ``reset_parameters``; frozen parameters stay as they are.
 
     Args:
         model: trained in place.
@@ -175,8 +181,10 @@ class ShrinkAndPerturb:
         perturb: float = 1e-4,
         every: int = 1,
     ) -> None:
-        if not 0 <= shrink <= 1 or perturb < 0 or every < 1:
-            raise InputError("shrink must be in [0, 1], perturb not negative, every at least 1.")
+        if not (0 <= shrink <= 1 and 0 <= perturb < float("inf") and every >= 1):
+            raise InputError(
+                "shrink must be in [0, 1], perturb not negative and finite, every at least 1."
+            )
         self.source = unwrap(model)
         self.shrink, self.perturb, self.every = shrink, perturb, every
         self.steps = 0
@@ -197,7 +205,8 @@ class ShrinkAndPerturb:
                 module.reset_parameters()  # type: ignore[operator]
         with torch.no_grad():
             for old, new in zip(self.source.parameters(), self._fresh.parameters(), strict=True):
-                old.mul_(1 - self.shrink).add_(new.to(old), alpha=self.perturb)
+                if old.requires_grad:
+                    old.mul_(1 - self.shrink).add_(new.to(old), alpha=self.perturb)
         return ()
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fxfib.capture import normalize_inputs
@@ -15,7 +16,7 @@ from fxfib.errors import InputError
 from fxfib.optimizer_state import Optimizers
 from fxfib.passes.cover import labels_of
 from fxfib.passes.units import Place, Unit
-from fxfib.renewal import Renewal, Replacement, default_tolerance, evaluating
+from fxfib.renewal import Renewal, Replacement, default_tolerance, evaluating, full_precision
 from fxfib.substitutes import Substitute, substitutes
 from fxfib.units_at_work import activations, into_bias, plain, takes_constants
 
@@ -110,12 +111,21 @@ class SymmetryBreaker(Renewal):
             VerifyError: the outputs would change though they must not; nothing was replaced.
         """
         if self.criterion == "energy" and (inputs or kwargs):
-            self.example = normalize_inputs(self.source, inputs, kwargs)
-            self.recent.append((_count(self.example), self.example))
+            self._remember(inputs, kwargs)
+        return super().step(*inputs, **kwargs)
+
+    def _remember(self, inputs: Any, kwargs: Any) -> None:
+        """Keep a copy of a batch, as loops may write the next one into the same memory."""
+        batch = normalize_inputs(self.source, inputs, kwargs)
+        count = _count(batch)
+        if count:
+            self.example = pytree.tree_map(
+                lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, batch
+            )
+            self.recent.append((count, self.example))
             seen = sum(count for count, _ in self.recent)
             while seen - self.recent[0][0] >= self.examples:
                 seen -= self.recent.pop(0)[0]
-        return super().step(*inputs, **kwargs)
 
     def candidates(self, *, everyone: bool = False) -> dict[str, dict[int, int | None]]:
         """All but the oldest node of every cover, or all that others can stand for."""
@@ -148,7 +158,7 @@ class SymmetryBreaker(Renewal):
         try:
             # Compiled calls need not run hooks.
             eager = torch.compiler.set_stance("force_eager")
-            with evaluating(self.source), torch.no_grad(), eager:
+            with evaluating(self.source), torch.no_grad(), full_precision(), eager:
                 for _, (args, kwargs) in self.recent or [(1, self.example)]:
                     self.source(*args, **kwargs)
         finally:
@@ -173,6 +183,7 @@ class SymmetryBreaker(Renewal):
             VerifyError: the outputs would change though they must not; nothing was replaced.
         """
         found = self.candidates(everyone=True)
+        found = {name: own for name, own in found.items() if not self._frozen(self.units[name])}
         return self.replace((name, *pair) for name, own in found.items() for pair in own.items())
 
     def tolerance(self) -> float:
@@ -213,6 +224,5 @@ def _keep(place: Place, own: list[Tensor], module: nn.Module, args: tuple[Any, .
 
 
 def _count(example: Any) -> int:
-    args, kwargs = example
-    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim]
+    tensors = [x for x in pytree.tree_leaves(example) if isinstance(x, Tensor) and x.ndim]
     return len(tensors[0]) if tensors else 1

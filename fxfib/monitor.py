@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from fxfib.passes.backward import Colored, Continued
 from fxfib.passes.cover import labels_of, layers
 from fxfib.passes.picture import sources_of
 from fxfib.refusals import unwrap
-from fxfib.renewal import evaluating
+from fxfib.renewal import evaluating, full_precision
 from fxfib.vital_signs import Probe
 
 #: What looking may cost, as a share of the training time.
@@ -150,9 +149,16 @@ class Monitor:
             self._longest = max(took, 0.8 * self._longest)
 
     def log(self, **values: Any) -> None:
-        """Keep other figures of this step, such as ``loss=`` or ``accuracy=``, for the plots."""
+        """Keep other figures of this step, such as ``loss=`` or ``accuracy=``, for the plots.
+
+        Raises:
+            InputError: a figure is no number.
+        """
         for name, value in values.items():
-            number = float(value.detach() if isinstance(value, Tensor) else value)
+            try:
+                number = float(value.detach() if isinstance(value, Tensor) else value)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise InputError(f"{name} is no number: {error}.") from error
             self.history.logged[self.steps, name] = number
             if self.writer is not None:
                 self.writer.add_scalar(name, number, self.steps)
@@ -165,8 +171,19 @@ class Monitor:
     @torch.no_grad()
     def _look(self) -> Look | None:
         now = self._weights()
+        kinds = {name: (tensor.shape, tensor.dtype) for name, tensor in now.items()}
+        if kinds != self._kinds:
+            changed = sorted({n for n, _ in kinds.items() ^ self._kinds.items()})
+            raise InputError(
+                f"{changed[0]} is new, gone, or of another shape or dtype; make a new Monitor "
+                "when layers have changed."
+            )
         for name, tensor in now.items():
-            if tensor.is_floating_point() and not bool((tensor < torch.inf).all()):
+            if not tensor.is_floating_point():
+                continue
+            # Masks in buffers may hold minus infinity.
+            fine = torch.isfinite(tensor) if name in self._trained else tensor < torch.inf
+            if not bool(fine.all()):
                 warnings.warn(
                     f"{name} holds NaN or infinity at step {self.steps}; fxfib.Monitor is blind.",
                     stacklevel=3,
@@ -174,7 +191,7 @@ class Monitor:
                 return None
         if any(now[name].device != device for name, device in self._devices.items()):
             self._prepare()
-        with _full_precision():
+        with full_precision():
             analysis = self._colored()
             signs = self.probe.take(now)
         labels = {
@@ -207,12 +224,15 @@ class Monitor:
 
     def _prepare(self) -> None:
         """Capture the model: once, and again when it has moved to another device."""
-        self._devices = {name: tensor.device for name, tensor in self._weights().items()}
+        now = self._weights()
+        self._devices = {name: tensor.device for name, tensor in now.items()}
+        self._kinds = {name: (tensor.shape, tensor.dtype) for name, tensor in now.items()}
+        self._trained = {n for n, _ in self.source.named_parameters(remove_duplicate=False)}
         home = next(iter(self._devices.values()), torch.device("cpu"))
         args, kwargs = pytree.tree_map(
             lambda leaf: leaf.to(home) if isinstance(leaf, Tensor) else leaf, self.example
         )
-        with evaluating(self.source), _full_precision():
+        with evaluating(self.source), full_precision():
             captured = capture(self.source, args, kwargs)
         self.continued = Continued(captured.graph_module, self.batch_statistics)
         analysis = self._colored()
@@ -306,9 +326,11 @@ class Monitor:
         """Go on where :meth:`state_dict` was taken.
 
         Raises:
-            InputError: it is of other layers, or was measured otherwise.
+            InputError: it is none, of other layers, or was measured otherwise.
         """
         own = [self.eps, self.opfiber_eps, self.criterion, self.batch_statistics]
+        if state.keys() != self.state_dict().keys():
+            raise InputError("the state is none of fxfib.Monitor.")
         if list(state["measure"]) != own:
             raise InputError(
                 f"the state was measured with {tuple(state['measure'])}, not {tuple(own)}."
@@ -324,14 +346,3 @@ class Monitor:
     def __str__(self) -> str:
         both = "" if self.eps == self.opfiber_eps else f", opfibers {self.opfiber_eps:g}"
         return f"{self.criterion} {self.eps:g}{both}"
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Outside of any autocast that the training loop is in."""
-    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
-    if not kinds:
-        yield
-        return
-    with torch.autocast(kinds[0], enabled=False), torch.autocast(kinds[-1], enabled=False):
-        yield

@@ -18,16 +18,19 @@ class Memory:
     """The states of all optimizers of a model.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or something else.
         RefusedError: one of them is not of ``torch.optim``, or is ``LBFGS``.
     """
 
     def __init__(self, optimizers: Optimizers) -> None:
         if isinstance(optimizers, torch.optim.Optimizer):
             optimizers = (optimizers,)
-        self.optimizers = tuple(optimizers)
+        self.optimizers = tuple(optimizers) if isinstance(optimizers, Sequence) else (optimizers,)
         if not self.optimizers:
             raise InputError("there is no optimizer.")
+        for optimizer in self.optimizers:
+            if not isinstance(optimizer, torch.optim.Optimizer):
+                raise InputError(f"{type(optimizer).__name__} is no optimizer.")
         for optimizer in self.optimizers:
             _refuse(optimizer)
 

@@ -61,7 +61,7 @@ class Renewal(ABC):
 
     Attributes:
         units: the layers whose nodes can be replaced, with the places of their weights.
-        refused: the others, and why.
+        refused: the others, and why.  Layers frozen later are left alone as long as they are.
 
     Raises:
         InputError: an option is out of range, or no layer's nodes can be replaced.
@@ -137,9 +137,19 @@ class Renewal(ABC):
             tensor = self.tensor(place.name)
             if isinstance(tensor, nn.Parameter) and self.memory.group(tensor) is None:
                 return f"the optimizer does not train {place.name}"
+        if frozen := self._frozen(unit):
+            return f"{frozen} is frozen"
         for place in unit.incoming:
             if not callable(getattr(self._owner(place), "reset_parameters", None)):
                 return f"{place.name} has no initialisation of its own"
+        return ""
+
+    def _frozen(self, unit: Unit) -> str:
+        """A parameter that does not train at present; empty where there is none."""
+        for place in (*unit.incoming, *unit.outgoing):
+            tensor = self.tensor(place.name)
+            if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
+                return place.name
         return ""
 
     def _started(self, layer: str, nodes: list[int]) -> None:
@@ -165,6 +175,8 @@ class Renewal(ABC):
             return ()
         chosen: list[Chosen] = []
         for name, found in self.candidates().items():
+            if self._frozen(self.units[name]):
+                continue
             eligible = [node for node in found if self.ages[name][node] > self.maturity]
             self.due[name] += min(1.0, self.rate * self.every) * len(eligible)
             count = min(int(self.due[name] + 1e-9), len(eligible))  # ten tenths are one
@@ -217,8 +229,10 @@ class Renewal(ABC):
         """Go on where :meth:`state_dict` was taken.
 
         Raises:
-            InputError: it is of other layers.
+            InputError: it is of other layers, or of another way to renew nodes.
         """
+        if state.keys() != self.state_dict().keys():
+            raise InputError(f"the state is none of {type(self).__name__}.")
         sizes = {name: len(ages) for name, ages in state["ages"].items()}
         if sizes != {name: unit.size for name, unit in self.units.items()}:
             raise InputError("the state is that of other layers.")
@@ -267,7 +281,7 @@ class Renewal(ABC):
 
     def _outputs(self) -> list[Any]:
         args, kwargs = self.example
-        with evaluating(self.source), torch.no_grad():
+        with evaluating(self.source), torch.no_grad(), full_precision():
             return pytree.tree_leaves(self.source(*args, **kwargs))
 
     def _hand_over(self, unit: Unit, node: int, lead: int | None, scale: float = 1.0) -> None:
@@ -316,6 +330,17 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes.items():
             part.training = mode
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Outside of any autocast that the training loop is in."""
+    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    if not kinds:
+        yield
+        return
+    with torch.autocast(kinds[0], enabled=False), torch.autocast(kinds[-1], enabled=False):
+        yield
 
 
 def default_tolerance(module: nn.Module) -> float:

@@ -44,6 +44,8 @@ def substitutes(
         young: bool ``[nodes]``: these neither go nor stand for others.
         constants: whether a constant is free (the reader has a bias).
     """
+    if h.shape[2] < 3:
+        return {}  # any two nodes are in a line on two examples
     h = h[:, :, :: -(-h.shape[2] // MOST)].double()
     means = h.mean(2)
     centered = (h - means[:, :, None] if constants else h).flatten(1)

@@ -201,8 +201,8 @@ def synchrony(
         Correlations, clusters, and how they stand to the fibers.
 
     Raises:
-        InputError: an option is out of range, the loader is empty or its batches do not fit, or the
-            sums of so many classes would not fit into memory.
+        InputError: an option is out of range, the loader is empty or its batches do not fit, an
+            activation is not finite, or the sums of so many classes would not fit into memory.
         As :func:`fxfib.color` otherwise.
     """
     from fxfib.api import check_options
@@ -232,6 +232,8 @@ def synchrony(
 def _layer(collector: Collector, name: str, threshold: float) -> LayerSynchrony:
     moments = collector.layer(name)
     found = {label: own.correlation() for label, own in moments.items()}
+    if not all(bool(torch.isfinite(own).all()) for own, _ in found.values()):
+        raise InputError(f"activations of {name} are not finite for some batch.")
     clusters = {k: torch.from_numpy(clusters_of(c, threshold)) for k, (c, _) in found.items()}
     return LayerSynchrony(
         name=name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,12 +16,11 @@ from fxfib.api import check_options, shrink
 from fxfib.both_runs import Run, error_of
 from fxfib.capture import capture
 from fxfib.coloring import FIRST_FREE, ONE, Factor, Labels, unique_rows
+from fxfib.errors import InputError
 from fxfib.passes.backward import Colored, Continued
 from fxfib.passes.cover import blocks, labels_of, stable
 from fxfib.passes.verify import TOLERANCE, difference, run_float64
 
-#: Everything is computed in float64.
-TOLERATED = TOLERANCE[torch.float64]
 #: After a step equal weights differ by the rounding of their updates.
 AFTER_STEP = 1e-9
 
@@ -119,18 +119,24 @@ def check(
 
     Args:
         model, example_inputs, example_kwargs: as for :func:`fxfib.compile`; in eval mode.
-        loss_fn: from the model's output to a scalar; it may hold the targets.
+        loss_fn: from the model's output, in float64, to a scalar.  It may hold the targets (and
+            weights of classes, in float64), and is called again and again: no noise in it.
         eps, opfiber_eps: as for :func:`fxfib.color`; above 0 deviations are measured, not judged.
         lr: of the one step of gradient descent.
 
     Returns:
-        The statements with their deviations.
+        The statements with their deviations.  They are computed in float64; at ``eps=0`` they hold
+        up to the tolerance of the parameters' dtype, as weights are equal only up to its rounding.
 
     Raises:
         InputError: an argument is out of range, or the loss is no finite scalar.
         As :func:`fxfib.color` otherwise.
     """
     check_options(eps, "fibration", None)
+    if not callable(loss_fn):
+        raise InputError(f"loss_fn must be callable, not {type(loss_fn).__name__}.")
+    if not isinstance(lr, (int, float)) or not math.isfinite(lr):
+        raise InputError(f"lr must be a finite number, not {lr!r}.")
     if opfiber_eps is not None:
         check_options(opfiber_eps, "fibration", None)
     captured = capture(model, example_inputs, example_kwargs)
@@ -138,13 +144,18 @@ def check(
     analysis = continued.color(float(eps), opfiber_eps)
     run = Run(captured, continued, loss_fn, example_inputs, example_kwargs)
     exact = eps == 0 and not opfiber_eps
+    # All is computed in float64, but weights are equal (at eps = 0) up to the rounding of theirs.
+    dtypes = {p.dtype for p in captured.graph_module.parameters()}
+    near = max((TOLERANCE[d] for d in dtypes if d in TOLERANCE), default=TOLERANCE[torch.float64])
     laws = [
-        _within("activations equal in fibers", "Eq. 4", exact, _activations(run, analysis)),
-        _within("errors as autograd has them", "Eq. 2", True, _propagated(run)),
-        _within("errors equal in opfibers", "Eq. 6", exact, _errors(run, analysis)),
-        _within("weight updates equal on blocks", "Eq. 8", exact, _updates(run, analysis)),
+        _within("activations equal in fibers", "Eq. 4", exact, near, _activations(run, analysis)),
+        _within(
+            "errors as autograd has them", "Eq. 2", True, TOLERANCE[torch.float64], _propagated(run)
+        ),
+        _within("errors equal in opfibers", "Eq. 6", exact, near, _errors(run, analysis)),
+        _within("weight updates equal on blocks", "Eq. 8", exact, near, _updates(run, analysis)),
         *_coarsening(run, analysis, float(eps), opfiber_eps, lr),
-        _compression(run, float(eps)),
+        _compression(run, float(eps), near),
     ]
     if exact:
         laws += _converse(run, analysis)
@@ -157,9 +168,11 @@ def check(
 Measured = tuple[int, float]
 
 
-def _within(name: str, equation: str, claimed: bool, measured: Measured) -> Law:
+def _within(
+    name: str, equation: str, claimed: bool, tolerated: float, measured: Measured
+) -> Law:  # fmt: skip
     compared, deviation = measured
-    holds = deviation <= TOLERATED if claimed else None
+    holds = deviation <= tolerated if claimed else None
     return Law(name, equation, compared, deviation, holds)
 
 
@@ -288,7 +301,7 @@ def _split(before: Labels, after: Labels) -> int:
     return len(pairs) - len(np.unique(before))
 
 
-def _compression(run: Run, eps: float) -> Law:
+def _compression(run: Run, eps: float, tolerated: float) -> Law:
     plan, rewritten = shrink(run.captured.graph_module, eps)
     del plan
     outputs = run_float64(run.captured.graph_module, run.inputs)
@@ -297,7 +310,7 @@ def _compression(run: Run, eps: float) -> Law:
     with torch.no_grad():
         loss = float(run.loss_of(small))
     gap = max(gap, abs(loss - run.loss) / max(abs(run.loss), 1e-12))
-    holds = gap <= TOLERATED if eps == 0 else None
+    holds = gap <= tolerated if eps == 0 else None
     merged = sum(p.numel() for p in run.captured.graph_module.parameters())
     merged -= sum(p.numel() for p in rewritten.parameters())
     note = f"loss {loss:.6g}, {merged:,} parameters fewer"

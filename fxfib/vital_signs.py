@@ -107,7 +107,7 @@ class Probe:
                     return None
                 value = super().run_node(n)
                 for name, axis in probe.behind.get(n, ()):
-                    see(name, value.movedim(axis, -1).flatten(0, -2))
+                    see(name, value.movedim(axis, -1)[None].flatten(0, -2))
                 return value
 
             def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:

@@ -191,7 +191,7 @@ def test_state_goes_on() -> None:
     two = [[(r.layer, r.node) for r in breakers[1].step()] for _ in range(6)]
     assert one == two
     with pytest.raises(InputError, match="other layers"):
-        breakers[0].load_state_dict({"steps": 1, "due": {}, "ages": {"0": [1]}})
+        breakers[0].load_state_dict({**breakers[0].state_dict(), "ages": {"0": [1]}})
 
 
 def test_what_would_change_the_function_is_undone() -> None:
@@ -584,3 +584,78 @@ def test_shrink_and_perturb() -> None:
     perturbed = fxfib.ShrinkAndPerturb(model, shrink=1.0, perturb=2.0)
     perturbed.step()  # a linear layer of 5 inputs draws within 1 / sqrt(5)
     assert 0.5 < float(model[2].weight.detach().abs().max()) * 5**0.5 / 2 <= 1.0
+
+
+WAYS = (fxfib.SymmetryBreaker, fxfib.ContinualBackpropagation, fxfib.ShrinkAndPerturb)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("late", [False, True])
+def test_frozen_layers_are_left_alone(way: Any, late: bool) -> None:
+    model, x = mlp(), torch.randn(9, 3, dtype=torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    own = {} if way is fxfib.ShrinkAndPerturb else {"replacement_rate": 1.0, "maturity": 0}
+    if not late:
+        model[0].requires_grad_(False)
+    breaker = way(model, optimizer, x, **own)
+    model[0].requires_grad_(False)
+    frozen, free = model[0].weight.clone(), model[4].weight.clone()
+    model(x).square().mean().backward()
+    breaker.step()
+    if way is fxfib.SymmetryBreaker:
+        breaker.break_all()
+    assert torch.equal(model[0].weight, frozen)
+    assert not torch.equal(model[4].weight, free)
+    if own and not late:
+        assert breaker.refused["0"] == "0.bias is frozen"
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, None])
+def test_one_batch_that_overflows_or_is_empty_does_not_spoil_utilities(
+    broken: float | None,
+) -> None:
+    model, x = mlp(), torch.randn(9, 3, dtype=torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    breaker = fxfib.ContinualBackpropagation(
+        model, optimizer, x, replacement_rate=0.5, maturity=0
+    )  # fmt: skip
+    model(x)
+    before = breaker.utility("0").clone()
+    model(x[:0] if broken is None else x * broken)
+    assert bool(torch.isfinite(breaker.utility("0")).all())
+    assert torch.allclose(breaker.utility("0"), before)
+    assert breaker.step()
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+
+
+def test_the_outputs_are_compared_outside_of_autocast() -> None:
+    model, x = mlp().float(), torch.randn(9, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    breaker = fxfib.SymmetryBreaker(model, optimizer, x, replacement_rate=1.0, maturity=0, every=1)
+    seen = []
+    model[4].register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        breaker.tolerance = lambda: -1.0  # type: ignore[method-assign]
+        with pytest.raises(VerifyError):
+            breaker.step()
+    assert set(seen) == {torch.float32}
+
+
+@pytest.mark.parametrize("wrong", [None, "Adam", [None]])
+def test_what_is_no_optimizer_is_refused(wrong: Any) -> None:
+    with pytest.raises(InputError, match="no optimizer"):
+        fxfib.SymmetryBreaker(mlp(), wrong, torch.randn(9, 3, dtype=torch.float64))
+
+
+def test_states_of_another_kind_are_refused() -> None:
+    model, x = mlp(), torch.randn(9, 3, dtype=torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    one = fxfib.SymmetryBreaker(model, optimizer, x)
+    other = fxfib.ContinualBackpropagation(model, optimizer, x)
+    monitor = fxfib.Monitor(model, x)
+    for into, state in (
+        (one, other.state_dict()), (other, one.state_dict()), (monitor, one.state_dict()),
+        (one, {}), (monitor, {}),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match="the state is none of"):
+            into.load_state_dict(state)

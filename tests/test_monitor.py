@@ -389,3 +389,59 @@ def test_lightning(tmp_path: Path) -> None:
     fit(other, second, 2, str(tmp_path / "half.ckpt"))
     assert [look.step for look in second.history.looks] == [0, 2, 4, 6, 8]
     assert (2, "loss") in second.history.logged
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_any_weight_that_is_not_finite_is_told(number: float) -> None:
+    model = twins()
+    monitor = exact(model)
+    with torch.no_grad():
+        model[2].weight[3, 1] = number
+    with pytest.warns(UserWarning, match=r"2\.weight holds NaN or infinity at step 1"):
+        assert monitor.step() is None
+
+
+def test_minus_infinity_in_a_mask_is_fine() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+            self.register_buffer("mask", torch.full((9, 9), -math.inf).triu(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b((x @ x.T + self.mask).softmax(-1) @ self.a(x).tanh())
+
+    assert exact(Masked().double()).step() is not None
+
+
+def _another_width(model: nn.Sequential) -> None:
+    model[2], model[4] = nn.Linear(5, 6).double(), nn.Linear(6, 2).double()
+
+
+def _another_dtype(model: nn.Sequential) -> None:
+    model.float()
+
+
+def _one_less(model: nn.Sequential) -> None:
+    model[4] = nn.Identity()  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("change", [_another_width, _another_dtype, _one_less])
+def test_changed_layers_ask_for_another_monitor(change: Any) -> None:
+    model = twins()
+    monitor = exact(model)
+    change(model)
+    with pytest.raises(InputError, match="make a new Monitor"):
+        monitor.step()
+
+
+def test_one_example_without_a_batch() -> None:
+    look = fxfib.Monitor(twins(), inputs()[0], every=1).step()
+    assert look is not None
+    assert look.signs["0"].effective_rank == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("value", [torch.ones(3), "much"])
+def test_what_is_no_number_is_not_logged(value: Any) -> None:
+    with pytest.raises(InputError, match="loss is no number"):
+        exact(twins()).log(loss=value)

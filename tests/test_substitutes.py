@@ -148,3 +148,38 @@ def test_state_goes_on_and_options_are_checked() -> None:
         breaker(planted(), x[0], opfiber_eps=0.1)
     with pytest.raises(VerifyError, match="nothing was replaced"):
         breaker(planted(), x[0], eps=0.0).replace([("0", 2, 5)])
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_or_two_examples_tell_nothing(count: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    breaker = fxfib.SymmetryBreaker(
+        model, optimizer, torch.randn(count, 3), criterion="energy", eps=1e-3,
+        replacement_rate=1.0, maturity=0,
+    )  # fmt: skip
+    assert breaker.step() == ()
+
+
+def test_recent_batches_are_copies_counted_by_examples() -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 6), nn.Linear(6, 2)
+
+        def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+            return self.b(self.a(batch["x"]).tanh())
+
+    model, x = Nested(), torch.randn(8, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    breaker = fxfib.SymmetryBreaker(
+        model, optimizer, ({"x": x},), criterion="energy", eps=1e-3, examples=16
+    )
+    for k in range(5):
+        breaker.step({"x": x.fill_(k).requires_grad_()})
+        x = x.detach()
+    breaker.step({"x": x[:0]})
+    assert [count for count, _ in breaker.recent] == [8, 8]
+    assert [float(args[0]["x"][0, 0]) for _, (args, _) in breaker.recent] == [3, 4]
+    assert not any(args[0]["x"].requires_grad for _, (args, _) in breaker.recent)

@@ -217,3 +217,24 @@ def test_table_file_and_figure(tmp_path: Path) -> None:
     for wrong in (("7", None), ("0", [8])):
         with pytest.raises(InputError):
             found.plot(*wrong)
+
+
+def test_batches_without_examples_add_nothing() -> None:
+    given = batches()
+    x, y = given[0]
+    found = fxfib.synchrony(network(), [*given, (x[:0], y[:0])], progress=False)
+    expected = fxfib.synchrony(network(), given, progress=False)
+    assert str(found) == str(expected)
+
+
+def test_examples_one_by_one() -> None:
+    model, x = network()[4:], torch.randn(20, 28, dtype=torch.float64)
+    one, all_ = (fxfib.synchrony(model, own, progress=False) for own in (x, [x]))
+    assert torch.allclose(one.layers["4"].correlation[None], all_.layers["4"].correlation[None])
+
+
+def test_activations_that_are_not_finite_are_refused() -> None:
+    given = batches()
+    x, y = given[0]
+    with pytest.raises(InputError, match="activations of 0 are not finite"):
+        fxfib.synchrony(network(), [*given, (x * torch.nan, y)], progress=False)

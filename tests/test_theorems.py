@@ -186,3 +186,23 @@ def test_errors_of_recurrent_layers_are_autograds(kind: type[nn.RNNBase], last: 
     found = fxfib.check(Reader(), (torch.randn(6, 3, 4),), lambda y: y.square().sum())
     (law,) = [law for law in found.laws if law.equation == "Eq. 2"]
     assert law.compared and law.holds
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_equal_up_to_the_rounding_of_the_weights_holds(dtype: torch.dtype) -> None:
+    model, x = pair().to(dtype), torch.randn(7, 3, dtype=dtype)
+    wide = fxfib.lift(model.float(), 1.5, example_inputs=(x.float(),)).to(dtype)
+    found = fxfib.check(wide, (x,), squares)
+    assert found.holds, str(found)
+    assert found["Eq. 2"].deviation < 1e-9
+
+
+@pytest.mark.parametrize("lr", [float("nan"), float("inf"), "0.1"])
+def test_the_step_is_a_number(lr: object) -> None:
+    with pytest.raises(InputError, match="lr must be"):
+        fxfib.check(pair(), torch.randn(7, 3, dtype=torch.float64), squares, lr=lr)  # type: ignore[arg-type]
+
+
+def test_the_loss_is_a_function() -> None:
+    with pytest.raises(InputError, match="loss_fn must be callable, not Tensor"):
+        fxfib.check(pair(), torch.randn(7, 3, dtype=torch.float64), torch.zeros(7))  # type: ignore[arg-type]
