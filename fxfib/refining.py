@@ -43,9 +43,10 @@ def refined(
 
     .. math:: 10^{-3} \min(1, \sqrt{d / 0.1})
 
-    with :math:`d` the difference at the start, so that a network that is near stays near.  Inputs
-    that come again are mixed, half of them with another of the batch, and the original is asked about
-    the mixture (mixup): from few inputs as they are a network learns little that holds for others.
+    with :math:`d` the difference at the start, so that a network that is near stays near.  Of
+    inputs that come again one half is mixed, each with another of its batch, and the original is
+    asked about the mixture (mixup): from few inputs as they are a network learns little that holds
+    for others.
     Of the network at the start and after every pass that one is returned which is nearest to the
     original on inputs that are kept apart; where none is nearer than the start, all is done once
     more at a third of the rate.  Batch norms keep their statistics.  Deterministic.
@@ -127,6 +128,51 @@ def refined(
         if best < start:
             return []
     return ["refining brought nothing nearer to the original: it is undone"]
+
+
+def parted(batches: Batches) -> tuple[Batches, Batches]:
+    """Inputs to learn from, and one example in eight to judge by, or one batch in eight where
+    batches cannot be cut.  So few that none can be spared do both.
+    """
+    learned: list[Sequence[Any]] = []
+    apart: list[Sequence[Any]] = []
+    whole: list[Sequence[Any]] = []
+    for batch in batches:
+        count = length_of(batch)
+        if count is None or count < APART:
+            whole.append(batch)
+            continue
+        judges = torch.arange(count) % APART == APART - 1
+        learned.append([t[~judges.to(t.device)] for t in batch])
+        apart.append([t[judges.to(t.device)] for t in batch])
+    for place, batch in enumerate(whole):
+        (apart if place % APART == APART - 1 else learned).append(batch)
+    return (learned, apart) if learned and apart else (batches, batches)
+
+
+def _mixable(piece: Sequence[Any]) -> bool:
+    """Whether there is an input between two inputs: not of token numbers, nor of masks."""
+    return all(
+        isinstance(t, torch.Tensor)
+        and t.is_floating_point()
+        and t.ndim > 0
+        and len(t) > 1
+        and bool(torch.isfinite(t).all())
+        for t in piece
+    )
+
+
+def _mixed(piece: Sequence[torch.Tensor], generator: torch.Generator) -> list[torch.Tensor]:
+    """Half of the examples, drawn, each with some of another; at least half is its own."""
+    count = len(piece[0])
+    other = torch.randperm(count, generator=generator)
+    share = 0.5 + 0.5 * torch.rand(count, generator=generator)
+    share[torch.rand(count, generator=generator) < 0.5] = 1.0
+    mixed = []
+    for tensor in piece:
+        own = share.to(tensor.device, tensor.dtype).reshape(-1, *[1] * (tensor.ndim - 1))
+        mixed.append(own * tensor + (1 - own) * tensor[other.to(tensor.device)])
+    return mixed
 
 
 def _outputs(original: fx.GraphModule, pieces: list[Sequence[Any]]) -> list[list[torch.Tensor]]:

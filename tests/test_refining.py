@@ -128,3 +128,18 @@ def test_fresh_inputs_are_not_mixed_and_known_ones_are(monkeypatch: pytest.Monke
     inputs = [[torch.randn(64, 5)]]
     refining.refined(original, small, lambda number: inputs, [[torch.randn(9, 5)]], 3)
     assert len(calls) == 3 * 2
+
+
+def test_what_large_steps_spoil_is_tried_in_smaller_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    original, small = graphs()
+    inputs, apart = torch.randn(256, 5), torch.randn(64, 5)
+    monkeypatch.setattr(refining, "RATE", 30.0)
+    monkeypatch.setattr(refining, "SLOWER", 1e4)
+    monkeypatch.setattr(refining, "ATTEMPTS", 1)
+    before = copy.deepcopy(small)
+    given = (lambda number: [[inputs]], [[apart]], 5)
+    assert refining.refined(original, small, *given) != []
+    assert gap(before, small, inputs) == 0.0
+    monkeypatch.setattr(refining, "ATTEMPTS", 2)
+    assert refining.refined(original, small, *given) == []
+    assert gap(original, small, apart) < gap(original, before, apart)
