@@ -46,10 +46,9 @@ def refined(
     with :math:`d` the difference at the start, so that a network that is near stays near.  Of
     inputs that come again one half is mixed, each with another of its batch, and the original is
     asked about the mixture (mixup): from few inputs as they are a network learns little that holds
-    for others.
-    Of the network at the start and after every pass that one is returned which is nearest to the
-    original on inputs that are kept apart; where none is nearer than the start, all is done once
-    more at a third of the rate.  Batch norms keep their statistics.  Deterministic.
+    for others.  Of the network at the start and after every pass that one is returned which is
+    nearest to the original on inputs that are kept apart; where none is nearer than the start, all
+    is done once more at a third of the rate.  Batch norms keep their statistics.  Deterministic.
 
     Args:
         inputs: the batches of every pass, by its number from 0; the same object means that inputs

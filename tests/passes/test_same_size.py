@@ -106,3 +106,15 @@ def test_copies_that_cannot_be_equal() -> None:
     times = np.array([2, 2, 1, 1])
     groups = [[np.arange(2), np.arange(2, 4)]]
     assert equalize(times, groups, np.ones(4, dtype=bool), np.random.default_rng(0)) == 0
+
+
+def test_wide_axes_grow_in_few_steps_and_to_the_very_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a slot more brings one, and where it brings another one by what it is tied to."""
+    settled = []
+    settle = Solver._settle
+    monkeypatch.setattr(Solver, "_settle", lambda *given: settled.append(1) or settle(*given))
+    labels = {"a": [*range(300), *[300] * 100], "b": [0] * 400, "c": [0] * 400, "d": [-1] * 400}
+    found = solve(labels, [(SameSize, "a", "b"), (Same, "b", "c"), (SameSize, "a", "d")])
+    assert width(found["b"]) == width(found["c"]) == width(found["d"]) == 301
+    assert found["b"] == found["c"]
+    assert len(settled) < 40
