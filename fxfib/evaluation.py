@@ -14,6 +14,7 @@ from torch import fx
 from fxfib.calibration import checked_batch
 from fxfib.capture import Captured
 from fxfib.errors import InputError
+from fxfib.passes.batches import examples_of
 from fxfib.passes.stages import Step, silent
 
 
@@ -71,7 +72,7 @@ class Evaluator:
                 ):
                     raise InputError("with a loss_fn, data gives batches (inputs, target).")
                 leaves = checked_batch(item, self.captured)
-                size = next((len(t) for t in leaves if isinstance(t, torch.Tensor) and t.ndim), 1)
+                size = examples_of(leaves)
                 found = graph_module(*leaves)
                 if self.loss_fn is not None:
                     output = pytree.tree_unflatten(list(found), self.captured.out_spec)

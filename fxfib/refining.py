@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from fxfib.passes.batches import length_of, pieces_of
 from fxfib.passes.compensate import Batches
-from fxfib.passes.difference import difference, floating, length_of, pieces_of, spreads_of
+from fxfib.passes.difference import difference, floating, spreads_of
 from fxfib.passes.stages import Step, silent
 
 RATE = 1e-3
@@ -25,6 +26,10 @@ PASSES = 10
 BATCH = 32
 # One example in so many is not learned from: it judges.
 APART = 8
+# Devices on which Adam has a fused form.
+FUSED = ("cpu", "cuda")
+
+Pieces = list[Sequence[Any]]
 
 
 def refined(
@@ -62,71 +67,135 @@ def refined(
     """
     _own(small)
     trained = [p for p in small.parameters() if p.requires_grad]
-    batches = inputs(0)
-    pieces = [piece for batch in batches for piece in pieces_of(batch, BATCH)]
-    if not trained or not pieces:
+    lessons = _Lessons(original, inputs)
+    if not trained or not lessons.pieces:
         return ["nothing was refined: no parameter requires a gradient"]
-    apart = [piece for batch in apart for piece in pieces_of(batch, BATCH)]
-    aims, targets = _outputs(original, apart), _outputs(original, pieces)
-    spread = spreads_of(aims + targets)
-
-    def gap(piece: Sequence[Any], wanted: list[torch.Tensor]) -> torch.Tensor:
-        found = floating(small(*piece))
-        return torch.stack([
-            difference(a, b, s, scores=scores)
-            for a, b, s in zip(found, wanted, spread, strict=True)
-        ]).sum()  # fmt: skip
-
-    def judged() -> float:
-        with torch.no_grad():
-            return sum(float(gap(*pair)) for pair in zip(apart, aims, strict=True)) / len(apart)
-
-    start = judged()
-    best, kept = start, [p.detach().clone() for p in trained]
+    judges = _cut(apart)
+    aims = _outputs(original, judges)
+    gap = _Gap(small, spreads_of(aims + lessons.targets), scores)
+    start = gap.mean(judges, aims)
+    kept = _copies(trained)
     rate = RATE * min(1.0, math.sqrt(max(start, 0.0) / FAR))
     for attempt in range(ATTEMPTS):
-        # A step of Adam is less than what half precision can tell apart.
-        wide = [p if p.dtype.itemsize > 2 else nn.Parameter(p.detach().float()) for p in trained]
-        optimizer = torch.optim.Adam(wide, rate / SLOWER**attempt)
-        total = passes * len(pieces)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
-        generator = torch.Generator().manual_seed(0)
-        seen = 0
-        for number in range(passes):
-            given = inputs(number)
-            again = given is batches
-            if not again:
-                batches = given
-                pieces = [piece for batch in batches for piece in pieces_of(batch, BATCH)]
-                targets = _outputs(original, pieces)
-            for place in torch.randperm(len(pieces), generator=generator).tolist():
-                piece, wanted = pieces[place], targets[place]
-                if again and _mixable(piece):
-                    piece = _mixed(piece, generator)
-                    (wanted,) = _outputs(original, [piece])
-                with torch.enable_grad():
-                    loss = gap(piece, wanted)
-                gradients = torch.autograd.grad(loss, trained, allow_unused=True)
-                with torch.no_grad():
-                    for own, gradient in zip(wide, gradients, strict=True):
-                        own.grad = None if gradient is None else gradient.to(own.dtype)
-                    optimizer.step()
-                    for own, parameter in zip(wide, trained, strict=True):
-                        if own is not parameter:
-                            parameter.copy_(own)
-                schedule.step()
-                seen += 1
-                step("refine", seen / total)
-            now = judged()
+        best = start
+        for _ in _training(trained, lessons, gap, rate / SLOWER**attempt, passes, step):
+            now = gap.mean(judges, aims)
             if now < best:
-                best, kept = now, [p.detach().clone() for p in trained]
+                best, kept = now, _copies(trained)
         with torch.no_grad():
             for parameter, value in zip(trained, kept, strict=True):
                 parameter.copy_(value)
-                parameter.grad = None
         if best < start:
             return []
     return ["refining brought nothing nearer to the original: it is undone"]
+
+
+class _Gap:
+    """How far the small network is from the original; see :func:`difference`.
+
+    Args:
+        spread: of every output.
+    """
+
+    def __init__(self, small: fx.GraphModule, spread: Sequence[float], scores: bool) -> None:
+        self.small, self.spread, self.scores = small, spread, scores
+
+    def __call__(self, piece: Sequence[Any], wanted: Sequence[torch.Tensor]) -> torch.Tensor:
+        found = floating(self.small(*piece))
+        return torch.stack([
+            difference(a, b, s, scores=self.scores)
+            for a, b, s in zip(found, wanted, self.spread, strict=True)
+        ]).sum()  # fmt: skip
+
+    def mean(self, pieces: Pieces, wanted: Sequence[Sequence[torch.Tensor]]) -> float:
+        """Over all pieces."""
+        with torch.no_grad():
+            total = sum(float(self(*pair)) for pair in zip(pieces, wanted, strict=True))
+        return total / len(pieces)
+
+
+class _Lessons:
+    """What is learned in every pass.
+
+    Args:
+        inputs: see :func:`refined`.
+
+    Attributes:
+        pieces, targets: small batches of the inputs that were asked for last, and the original's
+            outputs on them.
+    """
+
+    def __init__(self, original: fx.GraphModule, inputs: Callable[[int], Batches]) -> None:
+        self.original, self.inputs = original, inputs
+        self._take(inputs(0))
+
+    def _take(self, batches: Batches) -> None:
+        self.batches = batches
+        self.pieces = _cut(batches)
+        self.targets = _outputs(self.original, self.pieces)
+
+    def of(
+        self, number: int, generator: torch.Generator
+    ) -> Iterator[tuple[Sequence[Any], list[torch.Tensor]]]:
+        """The pieces of a pass in random order, each with what the original says."""
+        given = self.inputs(number)
+        again = given is self.batches
+        if not again:
+            self._take(given)
+        for place in torch.randperm(len(self.pieces), generator=generator).tolist():
+            piece, wanted = self.pieces[place], self.targets[place]
+            if again and _mixable(piece):
+                piece = _mixed(piece, generator)
+                (wanted,) = _outputs(self.original, [piece])
+            yield piece, wanted
+
+
+def _training(
+    trained: Sequence[nn.Parameter],
+    lessons: _Lessons,
+    gap: _Gap,
+    rate: float,
+    passes: int,
+    step: Step,
+) -> Iterator[None]:
+    """One attempt, from the network as it is; it stops behind every pass."""
+    # A step of Adam is less than what half precision can tell apart.
+    wide = [p if p.dtype.itemsize > 2 else nn.Parameter(p.detach().float()) for p in trained]
+    optimizer = torch.optim.Adam(wide, rate, fused=_fusible(wide))
+    total = passes * len(lessons.pieces)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
+    generator = torch.Generator().manual_seed(0)
+    seen = 0
+    for number in range(passes):
+        for piece, wanted in lessons.of(number, generator):
+            with torch.enable_grad():
+                loss = gap(piece, wanted)
+            gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+            with torch.no_grad():
+                for own, gradient in zip(wide, gradients, strict=True):
+                    own.grad = None if gradient is None else gradient.to(own.dtype)
+                optimizer.step()
+                for own, parameter in zip(wide, trained, strict=True):
+                    own.grad = None
+                    if own is not parameter:
+                        parameter.copy_(own)
+            schedule.step()
+            seen += 1
+            step("refine", seen / total)
+        yield
+
+
+def _fusible(parameters: Sequence[nn.Parameter]) -> bool:
+    """Whether Adam can update them in one call; of small networks the calls are what costs."""
+    return all(p.is_floating_point() and p.device.type in FUSED for p in parameters)
+
+
+def _cut(batches: Batches) -> Pieces:
+    return [piece for batch in batches for piece in pieces_of(batch, BATCH)]
+
+
+def _copies(parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in parameters]
 
 
 def parted(batches: Batches) -> tuple[Batches, Batches]:
@@ -174,7 +243,7 @@ def _mixed(piece: Sequence[torch.Tensor], generator: torch.Generator) -> list[to
     return mixed
 
 
-def _outputs(original: fx.GraphModule, pieces: list[Sequence[Any]]) -> list[list[torch.Tensor]]:
+def _outputs(original: fx.GraphModule, pieces: Pieces) -> list[list[torch.Tensor]]:
     with torch.no_grad():
         return [floating(original(*piece)) for piece in pieces]
 

@@ -22,6 +22,7 @@ from torch import fx, nn
 
 from fxfib.errors import InputError
 from fxfib.macs import macs_by_node
+from fxfib.passes.batches import examples_of
 from fxfib.passes.fits import Fit, Moments, recurrent_fits
 from fxfib.passes.forward import module_path
 from fxfib.passes.regression import positions_of
@@ -134,7 +135,7 @@ def compensate(
     """
     found, notes = fits_of(rewriter, small)
     original = rewriter.analysis.graph_module
-    examples = sum(_examples(batch) for batch in batches)
+    examples = sum(map(examples_of, batches))
     levels = [
         [fit for fit in found if fit.level == level]
         for level in sorted({fit.level for fit in found})
@@ -157,10 +158,6 @@ def compensate(
                 _solve(fit, small, ridge)
                 fit.moments = Moments()
     return notes
-
-
-def _examples(batch: Sequence[Any]) -> int:
-    return next((len(t) for t in batch if isinstance(t, torch.Tensor) and t.ndim), 1)
 
 
 def _observe(fit: Fit, given: Any, expected: Any, examples: int) -> None:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 # What the squared difference of class scores counts beside the divergence of their softmax.
 SQUARED = 0.1
-# Examples whose histories are kept at a time.
-BATCH = 128
 
 
 def difference(
@@ -43,22 +40,6 @@ def spreads_of(outputs: Sequence[Sequence[torch.Tensor]]) -> list[float]:
         max(float(torch.cat([t[k].flatten() for t in outputs]).float().var()), 1e-12)
         for k in range(len(outputs[0]))
     ]
-
-
-def length_of(batch: Sequence[Any]) -> int | None:
-    """How many examples a flat batch has; None where its inputs are not as long."""
-    if not all(isinstance(t, torch.Tensor) and t.ndim for t in batch):
-        return None
-    sizes = {len(t) for t in batch}
-    return sizes.pop() if len(sizes) == 1 else None
-
-
-def pieces_of(batch: Sequence[Any], most: int = BATCH) -> list[Sequence[Any]]:
-    """Smaller batches of a flat one, of at most so many examples, where it can be cut."""
-    size = length_of(batch)
-    if size is None:
-        return [batch]
-    return [[t[start : start + most] for t in batch] for start in range(0, size, most)]
 
 
 def floating(outputs: object) -> list[torch.Tensor]:

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from fxfib.passes.batches import examples_of, length_of, pieces_of
+
 # The package has a function of a module's name.
 refining = importlib.import_module("fxfib.refining")
 
@@ -149,3 +151,34 @@ def test_what_large_steps_spoil_is_tried_in_smaller_ones(monkeypatch: pytest.Mon
     monkeypatch.setattr(refining, "ATTEMPTS", 2)
     assert refining.refined(original, small, *given) == []
     assert gap(original, small, apart) < gap(original, before, apart)
+
+
+def test_a_complex_parameter_is_refined_too() -> None:
+    """Adam has no fused form for it."""
+
+    class Wave(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(5, 3, dtype=torch.complex64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.view_as_real(x.to(self.weight.dtype) @ self.weight).flatten(1)
+
+    torch.manual_seed(0)
+    original = fx.symbolic_trace(Wave())
+    small = copy.deepcopy(original)
+    with torch.no_grad():
+        small.weight += 0.3 * torch.randn_like(small.weight)
+    inputs, apart = torch.randn(64, 5), torch.randn(16, 5)
+    start = gap(original, small, apart)
+    assert refining.refined(original, small, lambda number: [[inputs]], [[apart]], 5) == []
+    assert gap(original, small, apart) < start
+
+
+def test_examples_are_counted_where_they_cannot_be_cut() -> None:
+    batch = [torch.tensor(2.0), torch.zeros(5, 3), torch.zeros(3), 7]
+    assert examples_of(batch) == 5
+    assert examples_of([3, torch.tensor(2.0)]) == 1
+    assert length_of(batch) is None
+    assert pieces_of(batch, 2) == [batch]
+    assert [len(b) for _, b in pieces_of([torch.zeros(5, 3), torch.zeros(5)], 2)] == [2, 2, 1]
