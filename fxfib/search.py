@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
-import numpy as np
+from torch import fx
 
 from fxfib.api import LARGEST_EPS
 from fxfib.certificate import batch_of
+from fxfib.crossing import Crossing
 from fxfib.errors import InputError
 from fxfib.evaluation import Evaluator
 from fxfib.frontier import Key, Point, Store, key_of
@@ -19,7 +22,9 @@ from fxfib.passes.costs import Costs
 from fxfib.passes.curves import curves_of
 from fxfib.passes.groups import groups_of
 from fxfib.passes.plan import make_plan
+from fxfib.passes.rewrite import Rewriter
 from fxfib.paths import Path, marginal_path
+from fxfib.timing import torch_threads
 from fxfib.workshop import Workshop
 
 # Points of the path that the report shows besides those that were tried.
@@ -27,10 +32,26 @@ SHOWN = 8
 # Networks as near as this, as a part of the original's multiply-accumulates, cannot be told apart
 # by their times.
 NEAR_MACS = 1 / 256
-# Sizes so near, as a part of the smaller, are not told apart by measured losses.
+# Sizes so near, as a part of the larger, are not told apart by measured losses; and how near a
+# network must be found from which refined ones are searched.
 CLOSE = 0.005
+NEAR = 0.05
 # How finely the published strategy searches the eps of a layer.
 BISECTIONS = 7
+
+
+class Network(NamedTuple):
+    """A rewritten and fitted graph.
+
+    Attributes:
+        rewriter: what made it.
+        small: the graph.
+        notes: what was not fitted.
+    """
+
+    rewriter: Rewriter
+    small: fx.GraphModule
+    notes: list[str]
 
 
 class Search:
@@ -56,6 +77,9 @@ class Search:
         self.tried: dict[Key, Point] = {}
         self.path: Path | None = None
         self.precisions: dict[int, dict[str, float]] = {}
+        # The last network within the limit: mostly what is returned, so it is not made again.
+        self.limit = math.nan
+        self.kept: tuple[Key, Network] | None = None
 
     def _made(
         self,
@@ -76,13 +100,22 @@ class Search:
             loss = None
             if measure:
                 assert self.evaluator is not None
-                self.workshop.fitted(rewriter, small, refine=refine)
+                notes = self.workshop.fitted(rewriter, small, refine=refine)
                 self.workshop.step("evaluate")
                 loss = self.evaluator.loss(small)
+                if loss <= self.limit:
+                    self.kept = key, Network(rewriter, small, notes)
             known = Point(*sizes, dict(eps), predicted, loss, made=True, refined=refine)
             self.store.put(key, known)
         self.tried[key] = known
         return known
+
+    def network(self, point: Point) -> Network:
+        """What a point stands for, rewritten and fitted."""
+        if self.kept is not None and self.kept[0] == key_of(point.eps, point.refined):
+            return self.kept[1]
+        rewriter, small = self.workshop.rewritten(point.eps)
+        return Network(rewriter, small, self.workshop.fitted(rewriter, small, refine=point.refined))
 
     def _keep(self, point: Point) -> None:
         key = key_of(point.eps, point.refined)
@@ -95,7 +128,8 @@ class Search:
         return batch_of(self.workshop.captured)
 
     def _marginal(self, kind: str) -> Path:
-        curves = curves_of(self.workshop.graph_module, self.workshop.guide)
+        with torch_threads(self.workshop.threads):
+            curves = curves_of(self.workshop.graph_module, self.workshop.guide)
         costs = Costs(make_plan(self.workshop.exact), curves, self.batch)
         self.path = marginal_path(curves, costs, kind)
         return self.path
@@ -188,43 +222,56 @@ class Search:
         """The last point of the path whose measured loss is within the tolerance."""
         assert self.evaluator is not None
         path = self._marginal("params")
-        limit = self.evaluator.original + increase
-        low, high = 0, len(path) - 1
-        first = self._at(0, measure=True)
-        if first.loss is not None and first.loss > limit:
+        limit = self.limit = self.evaluator.original + increase
+        first = 0, self._at(0, measure=True)
+        if _loss(first[1]) > limit:
             raise InputError(
                 f"max_loss_increase={increase:g} cannot be met: even without merging the loss is "
-                f"{first.loss - self.evaluator.original:g} above the original's."
+                f"{_loss(first[1]) - self.evaluator.original:g} above the original's."
             )
-        last = self._at(high, measure=True, refine=self.workshop.refine > 0)
-        if last.loss is not None and last.loss <= limit:
-            return last
-        low = self._last_within(low, high, limit, refine=False)
-        best = self._at(low, measure=True)
-        if not self.workshop.refine:
-            return best
+        end = len(path) - 1
+        last = end, self._at(end, measure=True)
         # Refining costs much, so only networks near the end of what is possible are refined.
-        refined = self._at(low, measure=True, refine=True)
-        if refined.loss is None or refined.loss > limit:
-            return best
-        low = self._last_within(low, high, limit, refine=True)
-        return self._at(low, measure=True, refine=True)
+        close = NEAR if self.workshop.refine else CLOSE
+        within = _loss(last[1]) <= limit
+        fitted = last if within else self._last_within(first, last, limit, close, refine=False)
+        if not self.workshop.refine:
+            return fitted[1]
+        refined = fitted[0], self._at(fitted[0], measure=True, refine=True)
+        if not _loss(refined[1]) <= limit:
+            return fitted[1]
+        return self._last_within(refined, last, limit, CLOSE, refine=True)[1]
 
-    def _last_within(self, low: int, high: int, limit: float, *, refine: bool) -> int:
-        """By bisection of sizes, between a place within the limit and one beyond it."""
-        assert self.path is not None
-        sizes = np.asarray(self.path.parameters)
-        while high - low > 1 and sizes[high] < (1 - CLOSE) * sizes[low]:
-            middle = int(np.searchsorted(-sizes, -((sizes[low] * sizes[high]) ** 0.5)))
-            middle = min(max(middle, low + 1), high - 1)
-            loss = self._at(middle, measure=True, refine=refine).loss
-            low, high = (middle, high) if loss is not None and loss <= limit else (low, middle)
+    def _last_within(
+        self,
+        low: tuple[int, Point],
+        high: tuple[int, Point],
+        limit: float,
+        close: float,
+        *,
+        refine: bool,
+    ) -> tuple[int, Point]:
+        """Between a place within the limit and one beyond it."""
+        assert self.path is not None and self.evaluator is not None
+        crossing = Crossing(
+            self.path.parameters,
+            self.path.lost,
+            self.evaluator.original,
+            limit,
+            close,
+            *((place, _loss(point)) for place, point in (low, high)),
+        )
+        while (place := crossing.next()) is not None:
+            point = self._at(place, measure=True, refine=refine)
+            crossing.saw(place, _loss(point))
+            if crossing.low[0] == place:
+                low = place, point
         return low
 
     def layer_by_layer(self, increase: float) -> Point:
         """As published: in order, the largest eps of each layer that the tolerance allows."""
         assert self.evaluator is not None
-        limit = self.evaluator.original + increase
+        limit = self.limit = self.evaluator.original + increase
         plan = make_plan(self.workshop.exact)
         eps: dict[str, float] = {}
         best = self._made(eps, None, measure=True)
@@ -267,3 +314,7 @@ class Search:
                         self.path.predicted(place),
                     )
         return tuple(sorted(points.values(), key=lambda p: -p.parameters))
+
+
+def _loss(point: Point) -> float:
+    return math.nan if point.loss is None else point.loss

@@ -53,7 +53,9 @@ def tune(
     ``"marginal"``: groups give up nodes one after another, always where the least predicted loss is
     paid for what is saved; the predicted loss is the energy that the readers of each group lose,
     told from the weights, or measured on the calibration inputs.  Along this path the target is
-    found by bisection over networks that are really made (sizes) and evaluated (losses).
+    found by bisection over networks that are really made (sizes and latencies), or where predicted
+    and measured losses of networks that were evaluated say that the limit is.  Of small models all
+    is done in one thread.
     ``"bisection"``, as published: layer by layer, in order, the largest eps whose measured loss
     stays within the tolerance; it needs ``max_loss_increase``.
 
@@ -144,8 +146,8 @@ def tune(
         if max_loss_increase is None:
             best = replace(best, refined=workshop.refine > 0)
         step.part("the result")
-        rewriter, small = workshop.rewritten(best.eps)
-        notes = [*measured, *workshop.fitted(rewriter, small, refine=best.refined)]
+        rewriter, small, notes = search.network(best)
+        notes = [*measured, *notes]
         if evaluator is not None:
             best = replace(best, loss=evaluator.loss(small))
         result = workshop.raised(rewriter, small, best.eps, notes, verify=verify)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
+import torch
 from torch import fx, nn
 
 from fxfib.calibration import batches_of, drawn, inputs_known, norms_known, remembered
 from fxfib.capture import capture, normalize_inputs
-from fxfib.certificate import report_of, verified
+from fxfib.certificate import batch_of, report_of, verified
 from fxfib.errors import InputError
+from fxfib.macs import macs_of
 from fxfib.modules import FibrationModule, raise_modules, unshare
 from fxfib.passes.activations import Activation, activations_of
 from fxfib.passes.compensate import RIDGE, Batches, compensate
@@ -30,13 +33,32 @@ from fxfib.passes.rules import find_rule
 from fxfib.passes.rules.recurrent import Recurrent
 from fxfib.passes.rules.recurrent_cell import RecurrentCell
 from fxfib.passes.stages import Step, silent
-from fxfib.refining import PASSES, parted, refined
+from fxfib.refining import BATCH, PASSES, parted, refined
+from fxfib.timing import torch_threads
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Multiply-accumulates of a batch that refining takes up at a time, below which one thread does all.
+FEW_MACS = 2**27
 RECURRENT = (Recurrent, RecurrentCell)
 BLIND = (
     "nothing was fitted: there is no calibration, and noise, step after step, says nothing of what "
     "a recurrent layer reads"
 )
+
+
+def _few_threads(
+    method: Callable[Concatenate[Workshop, P], R],
+) -> Callable[Concatenate[Workshop, P], R]:
+    """Done on no more threads than pay for the model."""
+
+    @functools.wraps(method)
+    def done(self: Workshop, *args: P.args, **kwargs: P.kwargs) -> R:
+        with torch_threads(self.threads):
+            return method(self, *args, **kwargs)
+
+    return done
 
 
 class Workshop:
@@ -97,6 +119,16 @@ class Workshop:
         return self.calibration is None and any(isinstance(r, RECURRENT) for r in rules)
 
     @cached_property
+    def threads(self) -> int:
+        """Threads of torch while networks are made and fitted.
+
+        Operations of microseconds are no faster on several; and on a busy machine, where threads
+        wait for one another, many times as slow.
+        """
+        work = macs_of(self.graph_module) / batch_of(self.captured) * BATCH
+        return 1 if work < FEW_MACS else torch.get_num_threads()
+
+    @cached_property
     def skipped(self) -> list[fx.Node]:
         """The layers that the user wants to keep."""
         return skipped_nodes(self.graph_module, self.skip)
@@ -150,6 +182,7 @@ class Workshop:
         """Colors by what is measured on calibration or synthetic inputs."""
         return CalibratedPolicy(0.0, self.outlook, self.activations)
 
+    @_few_threads
     def eps_for(self, gone: Mapping[Ref, int]) -> dict[str, float]:
         """The eps of every layer that lets so many nodes of these values go."""
         policy = CountPolicy(self.energy, gone)
@@ -168,6 +201,7 @@ class Workshop:
             return plain
         return self.energy.at(eps)
 
+    @_few_threads
     def rewritten(self, eps: Eps) -> tuple[Rewriter, fx.GraphModule]:
         """The smaller graph as merging makes it."""
         policy = self.policy(eps)
@@ -175,6 +209,7 @@ class Workshop:
             self.graph_module, policy, self.round_to, self.skip, self.step, self.residual
         )
 
+    @_few_threads
     def fitted(
         self, rewriter: Rewriter, small: fx.GraphModule, *, refine: bool = True
     ) -> list[str]:

@@ -1,16 +1,20 @@
 """tune: targets are met, or it is said why not; what is promised is what is measured."""
 
+import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import fxfib
+from fxfib import search
 from fxfib.errors import InputError
 from fxfib.evaluation import Evaluator
 from fxfib.latency import Latency, Stopwatch
+from fxfib.timing import torch_threads
 from fxfib.workshop import Workshop
 
 
@@ -78,6 +82,52 @@ def test_a_loss_is_kept_and_the_promise_is_true() -> None:
     assert tighter.fibration.parameters_after > small.fibration.parameters_after
 
 
+def test_few_networks_are_refined_and_none_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    workshop = importlib.import_module("fxfib.workshop")
+    refined, sizes = workshop.refined, []
+
+    def counted(original: Any, small: nn.Module, *given: Any, **options: Any) -> list[str]:
+        sizes.append(sum(p.numel() for p in small.parameters()))
+        return refined(original, small, *given, **options)
+
+    monkeypatch.setattr(workshop, "refined", counted)
+    small = fxfib.tune(
+        MODEL, DATA, LOSS, example_inputs=INPUTS, max_loss_increase=0.05, calibration=X
+    )
+    points = [p for p in small.fibration.frontier if p.refined]
+    assert sorted(sizes) == sorted(p.parameters for p in points)
+    assert len(points) <= 6
+    (chosen,) = [p for p in points if p.chosen]
+    monkeypatch.setattr(workshop, "refined", refined)
+    again = fxfib.compile(MODEL, chosen.eps, INPUTS, criterion="energy", calibration=X, refine=10)
+    torch.testing.assert_close(small(X), again(X))
+    assert again.fibration.notes == small.fibration.notes
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_small_models_are_worked_on_in_one_thread(
+    few: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads that wait for one another on a busy machine take many times as long."""
+    workshop = importlib.import_module("fxfib.workshop")
+    if not few:
+        monkeypatch.setattr(workshop, "FEW_MACS", 1)
+    refined, compensate, curves, seen = workshop.refined, workshop.compensate, search.curves_of, []
+
+    def noted(done: Any) -> Any:
+        return lambda *given, **options: (
+            seen.append(torch.get_num_threads()) or done(*given, **options)
+        )
+
+    monkeypatch.setattr(workshop, "refined", noted(refined))
+    monkeypatch.setattr(workshop, "compensate", noted(compensate))
+    monkeypatch.setattr(search, "curves_of", noted(curves))
+    with torch_threads(3):
+        fxfib.tune(MODEL, example_inputs=INPUTS, params=0.5, calibration=X)
+        assert torch.get_num_threads() == 3
+    assert seen == [1 if few else 3] * 3
+
+
 def test_any_point_of_the_frontier_can_be_made() -> None:
     small = fxfib.tune(MODEL, example_inputs=INPUTS, params=0.4)
     frontier = small.fibration.frontier
@@ -136,6 +186,25 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyP
     calls.clear()
     fxfib.tune(MODEL, DATA, LOSS, **target, compensate=False)
     assert len(calls) > 3
+
+
+def test_what_is_taken_from_a_file_is_made_again(tmp_path: Path) -> None:
+    """And not what this search made before it."""
+    file = tmp_path / "search"
+    target = {"example_inputs": INPUTS, "max_loss_increase": 0.05, "refine": 0, "resume": file}
+    small = fxfib.tune(MODEL, DATA, LOSS, **target)
+    content = json.loads(file.read_text())
+    (chosen,) = [p for p in small.fibration.frontier if p.chosen]
+    within = [
+        k
+        for k, point in enumerate(content["points"])
+        if point["eps"] not in ({}, chosen.eps) and point["loss"] <= loss(MODEL) + 0.05
+    ]
+    del content["points"][within[0]]
+    file.write_text(json.dumps(content))
+    again = fxfib.tune(MODEL, DATA, LOSS, **target)
+    assert again.fibration.parameters_after == small.fibration.parameters_after
+    assert loss(again) == loss(small)
 
 
 @pytest.mark.parametrize(
