@@ -82,10 +82,6 @@ class Data:
         """Test accuracy in percent, of the answers of a model."""
         return agreement(answers, self.test_labels.tolist())
 
-    def accuracy(self, model: nn.Module) -> float:
-        """Test accuracy in percent."""
-        return self.right(self.answers(model))
-
 
 def agreement(answers: Sequence[Any], others: Sequence[Any]) -> float:
     """How many are the same, in percent."""

@@ -93,7 +93,7 @@ def test_every_network_runs_and_is_pruned_to_its_size(bench: dict[str, Any]) -> 
         assert 0.4 < share <= 0.5, name
         assert networks.macs(small, data) < networks.macs(model, data)
         assert small(x).shape == (12, 10)
-        assert 0 <= data.accuracy(small) <= 100
+        assert 0 <= data.right(data.answers(small)) <= 100
 
 
 def test_the_largest_share_within_a_limit(methods: Any) -> None:

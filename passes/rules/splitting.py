@@ -93,8 +93,10 @@ class Parts(AlongAxis):
         self, adjoint: Adjoint, node: fx.Node, error: Error
     ) -> Iterable[tuple[fx.Node, fx.Node]]:
         """Every part's errors go back to its slice."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
         for number, part in error.items():
-            yield node.args[0], adjoint.moved_back(node, {number: part}, 0)  # type: ignore[misc]
+            yield source, adjoint.moved_back(node, {number: part}, 0)
 
     def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
         source = node.args[0]
@@ -143,9 +145,11 @@ class Unbind(Parts):
         self, adjoint: Adjoint, node: fx.Node, error: Error
     ) -> Iterable[tuple[fx.Node, Any]]:
         """Every part's errors go back to its position."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
         axis = self.axis(adjoint.analysis, node)
         for number, own in error.items():
-            yield node.args[0], Taken(axis, number, own)  # type: ignore[misc]
+            yield source, Taken(axis, number, own)
 
     def rewrite(self, rewriter: Rewriter, node: fx.Node) -> fx.Node:
         return rewriter.repeat(node)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -48,10 +48,10 @@ class TakenBack(Rule):
     """Zero where nothing was taken; elsewhere the errors' own colors, those of others apart."""
 
     def forward(self, analysis: Analysis, node: fx.Node) -> Value:
-        derivative, errors = node.target, node.args[0]
+        derivative, errors = node.target, cast(list[fx.Node], node.args[0])
         assert isinstance(derivative, Derivative)
         shape, axis = analysis.shape(node), derivative.context
-        values = [analysis.color(error) for error in errors]  # type: ignore[union-attr,arg-type]
+        values = [analysis.color(error) for error in errors]
         grids = [[part(value, axes) for value in values] for axes in joined(values)]
         if not grids:
             return Value(shape)
