@@ -65,7 +65,10 @@ class Crossing:
         """The place to look at; None where the ends are near enough."""
         low, high = self.low[0], self.high[0]
         larger, smaller = float(self.sizes[low]), float(self.sizes[high])
-        if high - low <= 1 or smaller >= (1 - self.close) * larger:
+        apart = 1 - self.close
+        # The first place that can be told apart from the end that is within the limit.
+        first = self._place(apart * larger)
+        if first >= high:
             return None
         self.widths.append(math.log(larger / smaller))
         middle = math.sqrt(larger * smaller)
@@ -76,11 +79,13 @@ class Crossing:
             if self.short:
                 size *= size / (larger if self.within else smaller)
             # So that the end there is moved beyond the crossing.
-            apart = 1 - 0.9 * self.close
-            most, least = larger * apart, smaller / apart
+            most, least = apart * larger, smaller / (1 - 0.9 * self.close)
             size = min(max(size, least), most) if least < most else middle
-        place = int(np.searchsorted(-self.sizes, -size))
-        return min(max(place, low + 1), high - 1)
+        return min(max(self._place(size), first), high - 1)
+
+    def _place(self, size: float) -> int:
+        """The first that is no larger."""
+        return int(np.searchsorted(-self.sizes, -size))
 
     def _meets(self) -> float | None:
         """The size at which the limit is met, as the ends tell."""

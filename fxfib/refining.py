@@ -132,6 +132,7 @@ class _Lessons:
     def _take(self, batches: Batches) -> None:
         self.batches = batches
         self.pieces = _cut(batches)
+        self.mixable = [_mixable(piece) for piece in self.pieces]
         self.targets = _outputs(self.original, self.pieces)
 
     def of(
@@ -144,7 +145,7 @@ class _Lessons:
             self._take(given)
         for place in torch.randperm(len(self.pieces), generator=generator).tolist():
             piece, wanted = self.pieces[place], self.targets[place]
-            if again and _mixable(piece):
+            if again and self.mixable[place]:
                 piece = _mixed(piece, generator)
                 (wanted,) = _outputs(self.original, [piece])
             yield piece, wanted

@@ -132,3 +132,11 @@ def test_of_many_small_steps_only_those_that_can_be_told_apart_are_looked_at() -
     low, high = crossing.low[0], crossing.high[0]
     assert increase(low) <= LIMIT < increase(high)
     assert high - low > 1 and (1 - CLOSE) * sizes[low] <= sizes[high]
+
+
+def test_what_cannot_be_told_apart_from_the_end_within_is_not_looked_at() -> None:
+    def crossing(sizes: list[float]) -> Crossing:
+        return Crossing(sizes, [0.0, 0.1, 0.2], 0.0, LIMIT, CLOSE, (0, 0.0), (2, 1.0))
+
+    assert crossing([100.0, 99.9, 90.0]).next() is None
+    assert crossing([100.0, 90.1, 90.0]).next() == 1
