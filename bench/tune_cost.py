@@ -3,10 +3,11 @@
     python bench/tune_cost.py --data-root FOLDER [--case mnist_mlp_loss] [--longer 10]
 
 The default search is timed as users call it.  The longer one starts from its result and goes on
-for `--longer` times as many CPU seconds: at random (seed 0) it moves nodes that stay from one group
-of layers to another, makes, fits (and refines, where the result was) and measures such networks,
-and keeps what is smaller within the same loss.  Both see the same inputs: calibration from the
-training images, losses on other training images; test images play no part.
+for `--longer` times as many CPU seconds (0 leaves that to a later call): at random (seed 0) it
+moves nodes that stay from one group of layers to another, makes, fits (and refines, where the
+result was) and measures such networks, and keeps what is smaller within the same loss.  Both see
+the same inputs: calibration from the training images, losses on other training images; test images
+play no part.
 
 Cases ending in `_loss`: the smallest network whose cross-entropy rises by at most the limit.
 Others: a size, where nothing is evaluated, and only the time is of interest.  `resnet18_w64` has
@@ -20,7 +21,6 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,78 +127,90 @@ class Longer:
             self.best, self.gone = point, gone
 
 
-def measure(
-    name: str, root: Path, cache: Path, longer: float, announce: Callable[[dict[str, Any]], None]
-) -> dict[str, Any]:
-    """One row."""
-    aim = AIMS[name]
-    model, data, images = network(aim, root, cache)
-    calibration = data.calibration(0, images)
-    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[images:]
-    chosen = order[:VALIDATION].split(250)
-    pairs = [(data.train[part], data.train_labels[part]) for part in chosen]
-    measured = "max_loss_increase" in aim.target
-    start, worked = time.perf_counter(), time.process_time()
-    small = fxfib.tune(
-        model, pairs if measured else None, nn.functional.cross_entropy if measured else None,
-        example_inputs=(data.train[:2],), calibration=calibration, progress=False, **aim.target,
-    )  # fmt: skip
-    seconds, worked = time.perf_counter() - start, time.process_time() - worked
-    frontier = small.fibration.frontier
-    evaluations = sum(point.loss is not None for point in frontier)
-    (found,) = (point for point in frontier if point.chosen)
-    row: dict[str, Any] = {
-        "case": name, "images": images, "parameters": sum(p.numel() for p in model.parameters()),
-        "seconds": round(seconds, 1), "cpu_seconds": round(worked, 1),
-        "evaluations": evaluations, "found": found.parameters,
-        "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "limit": next(iter(aim.target.values())),
-    }  # fmt: skip
-    if not measured:
-        return row
-    announce(row)
-    workshop = Workshop(
-        model, (data.train[:2],), criterion="energy", calibration=calibration, refine=None
-    )
-    evaluator = Evaluator(workshop.captured, pairs, nn.functional.cross_entropy)
-    store = Store(str(cache / f"tune_cost_{name}.json"), workshop, evaluator)
-    search = Search(workshop, evaluator, store)
-    best = search.within_loss(aim.target["max_loss_increase"])
-    row["loss_increase"] = round((best.loss or 0.0) - evaluator.original, 4)
-    search_longer = Longer(search, best, evaluator.original + aim.target["max_loss_increase"])
-    start, steps, begun = time.perf_counter(), 0, time.process_time()
-    with tqdm(total=round(longer * worked), desc=name, disable=None) as bar:
-        while (passed := time.process_time() - begun) < longer * worked:
-            search_longer.step()
-            steps += 1
-            bar.update(round(passed) - bar.n)
-    row |= {
-        "longer_seconds": round(time.perf_counter() - start, 1), "longer_evaluations": steps,
-        "longer_found": search_longer.best.parameters,
-        "ratio": round(best.parameters / search_longer.best.parameters, 4),
-    }  # fmt: skip
-    return row
+class Case:
+    """A model with its inputs."""
+
+    def __init__(self, name: str, root: Path, cache: Path) -> None:
+        self.name, self.aim, self.cache = name, AIMS[name], cache
+        self.model, data, self.images = network(self.aim, root, cache)
+        self.example = (data.train[:2],)
+        self.calibration = data.calibration(0, self.images)
+        order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
+        chosen = order[self.images :][:VALIDATION].split(250)
+        self.pairs = [(data.train[part], data.train_labels[part]) for part in chosen]
+
+    def default(self) -> dict[str, Any]:
+        """A row of what users call."""
+        evaluated = "max_loss_increase" in self.aim.target
+        start, worked = time.perf_counter(), time.process_time()
+        small = fxfib.tune(
+            self.model,
+            self.pairs if evaluated else None,
+            nn.functional.cross_entropy if evaluated else None,
+            example_inputs=self.example, calibration=self.calibration, progress=False,
+            **self.aim.target,
+        )  # fmt: skip
+        seconds, worked = time.perf_counter() - start, time.process_time() - worked
+        frontier = small.fibration.frontier
+        (found,) = (point for point in frontier if point.chosen)
+        return {
+            "case": self.name, "images": self.images,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "seconds": round(seconds, 1), "cpu_seconds": round(worked, 1),
+            "evaluations": sum(point.loss is not None for point in frontier),
+            "found": found.parameters, "limit": next(iter(self.aim.target.values())),
+            "threads": torch.get_num_threads(), "torch": torch.__version__,
+        }  # fmt: skip
+
+    def longer(self, seconds: float) -> dict[str, Any]:
+        """What a search of so many more CPU seconds adds to the row."""
+        workshop = Workshop(
+            self.model, self.example, criterion="energy", calibration=self.calibration, refine=None
+        )
+        evaluator = Evaluator(workshop.captured, self.pairs, nn.functional.cross_entropy)
+        store = Store(str(self.cache / f"tune_cost_{self.name}.json"), workshop, evaluator)
+        search, increase = Search(workshop, evaluator, store), self.aim.target["max_loss_increase"]
+        best = search.within_loss(increase)
+        more = Longer(search, best, evaluator.original + increase)
+        start, steps, begun = time.perf_counter(), 0, time.process_time()
+        with tqdm(total=round(seconds), desc=self.name, disable=None) as bar:
+            while (passed := time.process_time() - begun) < seconds:
+                more.step()
+                steps += 1
+                bar.update(round(passed) - bar.n)
+        return {
+            "loss_increase": round((best.loss or 0.0) - evaluator.original, 4),
+            "longer_seconds": round(time.perf_counter() - start, 1), "longer_evaluations": steps,
+            "longer_found": more.best.parameters,
+            "ratio": round(best.parameters / more.best.parameters, 4),
+        }  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Make rows that are missing, and print them."""
+    """Make rows that are missing, or what is missing of them, and print them."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data-root", default=os.environ.get("FXFIB_DATA"))
     parser.add_argument("--case", default=",".join(AIMS), help="only these, comma-separated")
-    parser.add_argument("--longer", type=float, default=10.0, help="times as long")
+    parser.add_argument("--longer", type=float, default=10.0, help="times as long; 0: later")
     parser.add_argument("--cache", type=Path, default=Path("bench/cache"))
     parser.add_argument("--output", type=Path, default=Path("bench/results/tune_cost.csv"))
     options = parser.parse_args(arguments)
     if options.data_root is None:
         print("give --data-root, or set FXFIB_DATA", file=sys.stderr)
         return 1
-    rows = read(options.output)
+    root, rows = Path(options.data_root), read(options.output)
     for name in options.case.split(","):
-        if any(row["case"] == name for row in rows):
+        row = next((row for row in rows if row["case"] == name), None)
+        wanted = options.longer > 0 and "max_loss_increase" in AIMS[name].target
+        if row is not None and (row.get("ratio") or not wanted):
             continue
-        row = measure(name, Path(options.data_root), options.cache, options.longer, print)
-        rows.append(row)
-        write(options.output, rows, COLUMNS)
+        case = Case(name, root, options.cache)
+        if row is None:
+            rows.append(row := case.default())
+            write(options.output, rows, COLUMNS)
+        if wanted:
+            row |= case.longer(options.longer * float(row["cpu_seconds"]))
+            write(options.output, rows, COLUMNS)
         print(row, flush=True)
     return 0
 

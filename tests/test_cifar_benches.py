@@ -131,8 +131,22 @@ def test_a_longer_search_starts_from_what_was_found(
     monkeypatch.setattr(tune_cost, "network", lambda aim, root, cache: (model, data, 200))
     aim = tune_cost.Aim("", {"max_loss_increase": 0.05})
     monkeypatch.setitem(tune_cost.AIMS, "small", aim)
-    row = tune_cost.measure("small", tmp_path, tmp_path, 2.0, lambda row: None)
-    assert row["longer_found"] <= row["found"] < row["parameters"]
-    assert row["ratio"] == round(row["found"] / row["longer_found"], 4) >= 1
-    assert row["loss_increase"] <= 0.05
-    assert row["longer_evaluations"] > 0
+    path = tmp_path / "rows.csv"
+    given = ["--data-root", str(tmp_path), "--cache", str(tmp_path), "--output", str(path),
+             "--case", "small"]  # fmt: skip
+    tune_cost.main([*given, "--longer", "0"])
+    (default,) = tune_cost.read(path)
+    assert default["ratio"] == "" and float(default["cpu_seconds"]) > 0
+    tune_cost.main([*given, "--longer", "2"])
+    (row,) = tune_cost.read(path)
+    assert {key: row[key] for key in ("seconds", "found")} == {
+        key: default[key] for key in ("seconds", "found")
+    }
+    found, longer = int(row["found"]), int(row["longer_found"])
+    assert longer <= found < int(row["parameters"])
+    assert float(row["ratio"]) == round(found / longer, 4) >= 1
+    assert float(row["loss_increase"]) <= 0.05
+    assert int(row["longer_evaluations"]) > 0
+    before = path.read_text()
+    tune_cost.main([*given, "--longer", "2"])  # nothing is missing
+    assert path.read_text() == before
