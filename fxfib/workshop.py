@@ -125,8 +125,10 @@ class Workshop:
         Operations of microseconds are no faster on several; and on a busy machine, where threads
         wait for one another, many times as slow.
         """
-        work = macs_of(self.graph_module) / batch_of(self.captured) * BATCH
-        return 1 if work < FEW_MACS else torch.get_num_threads()
+        macs = macs_of(self.graph_module) / batch_of(self.captured)
+        # Weights that are only looked up are colored all the same.
+        weights = sum(p.numel() for p in self.graph_module.parameters())
+        return 1 if BATCH * max(macs, weights) < FEW_MACS else torch.get_num_threads()
 
     @cached_property
     def skipped(self) -> list[fx.Node]:

@@ -128,6 +128,14 @@ def test_small_models_are_worked_on_in_one_thread(
     assert seen == [1 if few else 3] * 3
 
 
+def test_a_large_table_is_no_small_model() -> None:
+    """Although looking up costs no multiply-accumulates."""
+    for rows, threads in ((100, 1), (2**18, 3)):
+        model = nn.Sequential(nn.Embedding(rows, 17), nn.Linear(17, 2)).eval()
+        with torch_threads(3):
+            assert Workshop(model, torch.zeros(2, 5, dtype=torch.long)).threads == threads
+
+
 def test_any_point_of_the_frontier_can_be_made() -> None:
     small = fxfib.tune(MODEL, example_inputs=INPUTS, params=0.4)
     frontier = small.fibration.frontier
