@@ -53,6 +53,10 @@ class Point:
     latency: float | None = None
     refined: bool = False
 
+    def size(self, kind: str) -> int:
+        """Its parameters (``"params"``) or multiply-accumulates (``"macs"``)."""
+        return self.parameters if kind == "params" else self.macs
+
 
 class Store:
     """Points that were made, in memory and, where a path is given, in a file.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from fxfib.coloring import Floats
 from fxfib.passes.costs import Costs
 from fxfib.passes.curves import Curve
 
@@ -40,21 +41,26 @@ class Path:
         return self.lost[place]
 
 
-def marginal_path(curves: Sequence[Curve], costs: Costs, kind: str) -> Path:
+def marginal_path(
+    curves: Sequence[Curve], costs: Costs, kind: str, weights: Floats | None = None
+) -> Path:
     """Always the step that loses least for what it saves.
 
     Args:
         curves: what is lost in every group.
         costs: what is saved.
         kind: ``"params"`` or ``"macs"``.
+        weights: how much the loss of a group counts; None: all the same.
     """
     path = Path(curves)
     gone = np.zeros(len(curves), dtype=np.int64)
     steps = np.array([max(1, round(c.size * STEP)) for c in curves])
     most = np.array([0 if f else len(c.lost) for c, f in zip(curves, costs.fixed, strict=True)])
 
+    counted = np.ones(len(curves)) if weights is None else weights
+
     def lost(group: int, count: int) -> float:
-        return float(curves[group].lost[count - 1]) if count else 0.0
+        return float(counted[group] * curves[group].lost[count - 1]) if count else 0.0
 
     while True:
         left = costs.sizes - gone

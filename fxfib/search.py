@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch import fx
 
+from fxfib.allocation import Allocation
 from fxfib.api import LARGEST_EPS
 from fxfib.certificate import batch_of
 from fxfib.crossing import Crossing
@@ -18,12 +19,10 @@ from fxfib.frontier import Key, Point, Store, key_of
 from fxfib.latency import Stopwatch, Target
 from fxfib.macs import macs_of
 from fxfib.modules import raise_modules
-from fxfib.passes.costs import Costs
-from fxfib.passes.curves import curves_of
 from fxfib.passes.groups import groups_of
 from fxfib.passes.plan import make_plan
 from fxfib.passes.rewrite import Rewriter
-from fxfib.paths import Path, marginal_path
+from fxfib.paths import Path
 from fxfib.timing import torch_threads
 from fxfib.workshop import Workshop
 
@@ -75,6 +74,7 @@ class Search:
         self.part = part
         self.made = 0
         self.tried: dict[Key, Point] = {}
+        self.allocation: Allocation | None = None
         self.path: Path | None = None
         self.precisions: dict[int, dict[str, float]] = {}
         # The last network within the limit: mostly what is returned, so it is not made again.
@@ -129,10 +129,32 @@ class Search:
 
     def _marginal(self, kind: str) -> Path:
         with torch_threads(self.workshop.threads):
-            curves = curves_of(self.workshop.graph_module, self.workshop.guide)
-        costs = Costs(make_plan(self.workshop.exact), curves, self.batch)
-        self.path = marginal_path(curves, costs, kind)
-        return self.path
+            self.allocation = Allocation(self.workshop, kind, self.batch)
+        return self._follow(self.allocation.even)
+
+    def _follow(self, path: Path) -> Path:
+        self.path, self.precisions = path, {}
+        return path
+
+    def _allocate(self, kind: str, limit: float) -> int:
+        """Follow the path on which a network of this size is nearest to the original.
+
+        Returns:
+            Its place there.
+        """
+        assert self.path is not None and self.allocation is not None
+        self.workshop.step("allocate")
+        with torch_threads(self.workshop.threads):
+            paths = self.allocation.paths(self._predicted(kind, limit))
+        found = []
+        for path in paths:
+            self._follow(path)
+            place = self._fitting(kind, limit)
+            distance = self.allocation.distance(self._eps(place)) if len(paths) > 1 else 0.0
+            found.append((distance, path, place))
+        _, path, place = min(found, key=lambda entry: entry[0])
+        self._follow(path)
+        return place
 
     def _at(self, place: int, *, measure: bool = False, refine: bool = False) -> Point:
         assert self.path is not None
@@ -152,27 +174,31 @@ class Search:
         path = self._marginal(kind)
         if not path.curves:
             raise InputError("no layer of this model has nodes that could merge.")
-        original = self._at(0)
         limit = target * self._original(kind) if target <= 1 else target
-
-        def size(point: Point) -> int:
-            return point.parameters if kind == "params" else point.macs
-
-        if size(original) <= limit:
-            return original
-        last = len(path) - 1
-        if size(self._at(last)) > limit:
+        if self._at(0).size(kind) <= limit:
+            return self._at(0)
+        smallest = self._at(len(path) - 1).size(kind)
+        if smallest > limit:
             raise InputError(
                 f"{kind}={target:g} cannot be met: the smallest network that was found has "
-                f"{size(self._at(last)):,} ({size(self._at(last)) / self._original(kind):.3g} of "
-                "the original)."
+                f"{smallest:,} ({smallest / self._original(kind):.3g} of the original)."
             )
+        return self._at(self._allocate(kind, limit))
+
+    def _predicted(self, kind: str, limit: float) -> int:
+        """The first place whose predicted size is small enough."""
+        assert self.path is not None
+        predicted = self.path.parameters if kind == "params" else self.path.macs
+        return next((p for p, s in enumerate(predicted) if s <= limit), len(self.path) - 1)
+
+    def _fitting(self, kind: str, limit: float) -> int:
+        """The first place that is small enough, as the original is not and the last place is."""
+        assert self.path is not None
         # Predicted sizes are near; what is returned is counted.
-        predicted = path.parameters if kind == "params" else path.macs
-        place = next((p for p, s in enumerate(predicted) if s <= limit), last)
+        place, last = self._predicted(kind, limit), len(self.path) - 1
 
         def fits(at: int) -> bool:
-            return size(self._at(at)) <= limit
+            return self._at(at).size(kind) <= limit
 
         if fits(place):
             low, high = (place - 1 if not fits(place - 1) else 0), place
@@ -181,7 +207,7 @@ class Search:
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if fits(middle) else (middle, high)
-        return self._at(high)
+        return high
 
     def within_latency(self, aim: Target, watch: Stopwatch) -> Point:
         """A point of the path that is measured to be fast enough, next to one that is not."""

@@ -213,9 +213,18 @@ class Workshop:
 
     @_few_threads
     def fitted(
-        self, rewriter: Rewriter, small: fx.GraphModule, *, refine: bool = True
+        self,
+        rewriter: Rewriter,
+        small: fx.GraphModule,
+        *,
+        refine: bool = True,
+        batches: Batches | None = None,
     ) -> list[str]:
-        """Compensate and, as often as asked for, refine in place; notes on what was left out."""
+        """Compensate and, as often as asked for, refine in place; notes on what was left out.
+
+        Args:
+            batches: what layers are fitted on; None: all there is.
+        """
         if rewriter.analysis.policy.exact:
             return []
         notes: list[str] = []
@@ -224,7 +233,8 @@ class Workshop:
         elif self.compensate:
             self.step("compensate")
             # What judges a refined network must not have been fitted to.
-            batches = self.parts[0] if self.refine and refine else self.batches
+            if batches is None:
+                batches = self.parts[0] if self.refine and refine else self.batches
             notes = compensate(rewriter, small, batches, ridge=RIDGE, step=self.step)
         if self.refine and refine:
             self.step("refine")

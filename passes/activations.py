@@ -25,10 +25,14 @@ class Activation:
     """What is known of the nodes of one colored value.
 
     Attributes:
-        covariance: float64 ``[n, n]``, of the nodes as they are read (behind their activation).
+        read: the value in which they are read, behind their activation.
+        mean: float64 ``[n]``, of the nodes there.
+        covariance: float64 ``[n, n]``.
         demand: float64 ``[n, n]``, products of the columns that read them.
     """
 
+    read: fx.Node
+    mean: torch.Tensor
     covariance: torch.Tensor
     demand: torch.Tensor
 
@@ -87,6 +91,8 @@ def activations_of(
             step("measure", (number + 1) / len(batches))
     return {
         ref: Activation(
+            places[ref],
+            first[ref] / count[ref],
             second[ref] / count[ref]
             - torch.outer(first[ref] / count[ref], first[ref] / count[ref]),
             _demand(outlook, ref, len(first[ref])),

@@ -223,12 +223,16 @@ class CalibratedPolicy(EnergyPolicy):
         self.activations = activations
         self._orders: dict[Ref, tuple[Labels, Floats]] = {}
 
+    def places(self, ref: Ref) -> list[Ref]:
+        """The colored axes whose nodes go together with these: they share one layout."""
+        return [other for other in self.activations if self.outlook.tied(other, ref)]
+
     def order(self, ref: Ref) -> tuple[Labels, Floats]:
         """The nodes in the order in which they go, and the share that is lost then."""
         if ref not in self._orders:
-            known = self.activations[ref]
-            order, lost = eliminate(known.covariance, known.demand)
-            self._orders[ref] = order, lost / max(float(lost[-1]) if len(lost) else 0.0, 1e-300)
+            known = [self.activations[place] for place in self.places(ref)]
+            found = eliminate([(a.covariance, a.demand) for a in known])
+            self._orders |= dict.fromkeys(self.places(ref), found)
         return self._orders[ref]
 
     def lost(self, ref: Ref, form: Form, exact: Factor) -> Floats:

@@ -20,11 +20,13 @@ class Curve:
     """The nodes of one value, and what is lost when fewer are left.
 
     Attributes:
-        ref: the value that was colored, and the axis of its nodes.
+        ref: the value that was colored, and the axis of its nodes; of several axes that share one
+            layout (a residual stream), the first.
         layers: module paths of the layers behind it; they share one eps.
         size: number of nodes.
         lost: float64 ``[at most size - 1]``, not decreasing: the share of its readers' variance
-            that is lost when 1, 2, ... nodes have gone, measured on inputs.  Without data the
+            that is lost when 1, 2, ... nodes have gone, measured on inputs; of several axes that
+            share one layout, the sum.  Without data the
             linkage of rows says which nodes are alike, and little of how many a layer needs: noise
             sent through the network tells that better.
     """
@@ -46,8 +48,12 @@ class Recorder(EnergyPolicy):
     def choose(self, ref: Ref, form: Form, exact: Factor) -> Factor:
         if ref not in self.guide.activations or (~exact.constant).sum() < 2:
             return exact
-        lost = self.guide.lost(ref, form, exact)
-        layers = {path for layer in layers_behind(ref[0]) for path in owners(layer)}
+        places = self.guide.places(ref)
+        if any(place in self.curves for place in places):
+            return exact
+        lost = self.guide.lost(ref, form, exact) * len(places)
+        behind = (layer for place in places for layer in layers_behind(place[0]))
+        layers = {path for layer in behind for path in owners(layer)}
         if len(lost) > 1 and layers:
             names = tuple(sorted(layers))
             self.curves[ref] = Curve(ref, names, len(exact.labels), lost[:-1])
@@ -70,7 +76,8 @@ class CountPolicy(EnergyPolicy):
         self.found: dict[str, float] = {}
 
     def choose(self, ref: Ref, form: Form, exact: Factor) -> Factor:
-        gone = min(self.gone.get(ref, 0), int((~exact.constant).sum()) - 1)
+        wanted = max((n for r, n in self.gone.items() if self.outlook.tied(r, ref)), default=0)
+        gone = min(wanted, int((~exact.constant).sum()) - 1)
         eps = between(self.policy.lost(ref, form, exact), gone) if gone > 0 else 0.0
         for layer in layers_behind(ref[0]):
             for path in owners(layer):

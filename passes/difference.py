@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,40 @@ def difference(
         return squared
     ours, theirs = F.log_softmax(found, 1), F.log_softmax(wanted, 1)
     return F.kl_div(ours, theirs, log_target=True, reduction="batchmean") + SQUARED * squared
+
+
+class Yardstick:
+    """Measures how far a network is from the original on given inputs.
+
+    Args:
+        original: called with flat inputs.
+        batches: these inputs.
+        scores: see :func:`difference`.
+        most: examples of a piece.
+    """
+
+    def __init__(
+        self,
+        original: Callable[..., Any],
+        batches: Sequence[Sequence[Any]],
+        *,
+        scores: bool = True,
+        most: int = BATCH,
+    ) -> None:
+        self.scores = scores
+        self.pieces = [piece for batch in batches for piece in pieces_of(batch, most)]
+        with torch.no_grad():
+            self.wanted = [floating(original(*piece)) for piece in self.pieces]
+        self.spread = spreads_of(self.wanted)
+
+    def __call__(self, network: Callable[..., Any]) -> float:
+        """The sum over outputs of :func:`difference`, its mean over pieces."""
+        total = 0.0
+        with torch.no_grad():
+            for piece, wanted in zip(self.pieces, self.wanted, strict=True):
+                pairs = zip(floating(network(*piece)), wanted, self.spread, strict=True)
+                total += sum(float(difference(*pair, scores=self.scores)) for pair in pairs)
+        return total / len(self.pieces)
 
 
 def has_scores(output: torch.Tensor) -> bool:

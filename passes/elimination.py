@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -12,7 +14,7 @@ from fxfib.errors import InputError
 DAMPING = 1e-4
 
 
-def eliminate(covariance: torch.Tensor, demand: torch.Tensor) -> tuple[Labels, Floats]:
+def eliminate(places: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[Labels, Floats]:
     r"""Drop one node after another, each time the one whose loss the others make up for best.
 
     Readers compute :math:`C h`; with covariance :math:`G` of the nodes and demand
@@ -21,55 +23,62 @@ def eliminate(covariance: torch.Tensor, demand: torch.Tensor) -> tuple[Labels, F
     .. math:: Q_{jj} / (G^{-1})_{jj}
 
     of the readers' variance.  After each step the columns are the refitted ones, and the inverse is
-    that of the nodes that are left.
+    that of the nodes that are left.  Nodes that go together in several places (the channels of a
+    residual stream) lose the mean of the shares of all places.
 
     Args:
-        covariance: float64 ``[n, n]``.
-        demand: float64 ``[n, n]``.
+        places: covariance and demand, float64 ``[n, n]`` each, of every place.
 
     Returns:
-        int64 ``[n]``, the nodes in the order in which they go, and float64 ``[n]``, what is lost
-        in all when each has gone (not decreasing; the last is everything).
+        int64 ``[n]``, the nodes in the order in which they go, and float64 ``[n]``, the share of
+        the readers' variance that is lost in all when each has gone (not decreasing; the last is
+        1, or 0 where nothing is read).
 
     Raises:
-        InputError: the covariance is not finite.
+        InputError: a covariance is not finite.
     """
-    count = len(covariance)
-    damped = _positive(covariance)
+    damped = torch.stack([positive(covariance) for covariance, _ in places])
+    demand = torch.stack([demand for _, demand in places])
+    count = damped.shape[1]
     # In units of each node's own deviation: the losses are the same, and the numbers are not spread
     # over as many powers of ten as the variances.
-    unit = damped.diagonal().sqrt()
-    damped = damped / (unit[:, None] * unit)
-    demand = demand * (unit[:, None] * unit)
+    unit = damped.diagonal(dim1=1, dim2=2).sqrt()
+    units = unit[:, :, None] * unit[:, None]
+    damped = damped / units
+    demand = demand * units
+    whole = (demand * damped).sum((1, 2))
+    demand = demand / (len(places) * whole.clamp(min=1e-300))[:, None, None]
     alive = torch.arange(count)
     order, lost = [], []
     total = 0.0
     while len(alive):
         # Each step loses digits, as what is left of the inverse shrinks; half of the nodes at a
         # time, and both matrices are made again.
-        inverse = torch.linalg.inv(damped[alive[:, None], alive])
-        columns = damped[:, alive] @ inverse
-        wanted = columns.T @ demand @ columns
+        inverse = torch.linalg.inv(damped[:, alive[:, None], alive])
+        columns = damped[:, :, alive] @ inverse
+        wanted = columns.mT @ demand @ columns
         gone = torch.zeros(len(alive), dtype=torch.bool)
         for _ in range((len(alive) + 1) // 2):
             # Of a matrix with ones on its diagonal (G^-1)_jj is at least 1.
-            pivots = inverse.diagonal().clamp(min=1.0)
-            score = torch.where(gone, torch.inf, wanted.diagonal().clamp(min=0.0) / pivots)
+            pivots = inverse.diagonal(dim1=1, dim2=2).clamp(min=1.0)
+            scores = wanted.diagonal(dim1=1, dim2=2).clamp(min=0.0) / pivots
+            score = torch.where(gone, torch.inf, scores.sum(0))
             node = int(score.argmin())
             total += float(score[node])
             order.append(int(alive[node]))
             lost.append(total)
             gone[node] = True
-            part = inverse[node] / pivots[node]
-            column = wanted[node] - 0.5 * wanted[node, node] * part
-            wanted.addr_(part, column, alpha=-1.0).addr_(column, part, alpha=-1.0)
-            inverse.addr_(part, inverse[node].clone(), alpha=-1.0)
-            inverse[node] = inverse[:, node] = 0.0
+            part = inverse[:, node] / pivots[:, node, None]
+            column = wanted[:, node] - 0.5 * wanted[:, node, node, None] * part
+            wanted.baddbmm_(part[:, :, None], column[:, None], alpha=-1.0)
+            wanted.baddbmm_(column[:, :, None], part[:, None], alpha=-1.0)
+            inverse.baddbmm_(part[:, :, None], inverse[:, node].clone()[:, None], alpha=-1.0)
+            inverse[:, node] = inverse[:, :, node] = 0.0
         alive = alive[~gone]
     return np.array(order, dtype=np.int64), np.array(lost, dtype=np.float64)
 
 
-def _positive(covariance: torch.Tensor) -> torch.Tensor:
+def positive(covariance: torch.Tensor) -> torch.Tensor:
     """With as much on the diagonal as it takes to have an inverse.
 
     Products of float32 activations leave eigenvalues a little below zero, and in wide layers of

@@ -16,7 +16,7 @@ from fxfib.coloring import FIRST_FREE, Factor, Floats
 from fxfib.passes.criteria import Policy
 from fxfib.passes.forward import Analysis
 from fxfib.passes.plan import make_plan
-from fxfib.passes.relations import Move, Ref, Same
+from fxfib.passes.relations import Move, Ref, Same, components
 from fxfib.passes.rules import find_rule
 from fxfib.passes.rules.base import is_tensor
 from fxfib.signature import Form
@@ -66,6 +66,7 @@ class Outlook:
         probe = Probe()
         plan = make_plan(Analysis(graph_module, skip=skip, policy=probe).run())
         self.asked = tuple(probe.asked)
+        self._component = components(self.exact.relations)
         self._folds = {
             ref: may and plan.layout(*ref).size < plan.layout(*ref).full
             for ref, may in probe.asked.items()
@@ -74,6 +75,10 @@ class Outlook:
     def folds(self, ref: Ref) -> bool:
         """Whether nodes that differ by a positive factor can share a slot."""
         return self._folds.get(ref, False)
+
+    def tied(self, ref: Ref, other: Ref) -> bool:
+        """Whether two axes share one layout."""
+        return self._component.get(ref, ref) == self._component.get(other, other)
 
     def columns(self, ref: Ref) -> list[torch.Tensor]:
         """The weights that read the nodes of an axis, each ``[m, nodes]``."""

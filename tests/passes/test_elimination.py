@@ -27,14 +27,26 @@ def test_losses_are_those_of_the_least_squares_fit(seed: int, count: int) -> Non
     readers = torch.randn(count, 4, generator=generator, dtype=torch.float64)
     covariance, demand = values @ values.T / 60, readers @ readers.T
     covariance += 1e-9 * torch.eye(count, dtype=torch.float64)
-    order, lost = eliminate(covariance, demand)
+    order, lost = eliminate([(covariance, demand)])
     assert sorted(order) == list(range(count))
     whole = float((covariance * demand).sum())
     for gone in range(1, count):
         kept = sorted(set(range(count)) - set(order[:gone].tolist()))
         wanted = loss_of(covariance, demand, kept)
-        assert lost[gone - 1] == pytest.approx(wanted, rel=0.02, abs=2e-3 * whole)
-    assert lost[-1] == pytest.approx(whole, rel=0.02)
+        assert lost[gone - 1] == pytest.approx(wanted / whole, rel=0.02, abs=2e-3)
+    assert lost[-1] == pytest.approx(1.0, rel=1e-6)
+
+
+def test_places_that_lose_nodes_together_lose_the_mean_share() -> None:
+    """Node 0 is missed least where it is weighed alone, and most in the other place."""
+    first = torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
+    second = torch.diag(torch.tensor([500.0, 100.0, 400.0], dtype=torch.float64))
+    readers = torch.eye(3, dtype=torch.float64)
+    assert eliminate([(first, readers)])[0].tolist() == [0, 1, 2]
+    order, lost = eliminate([(first, readers), (second, readers)])
+    assert order.tolist() == [1, 0, 2]
+    shares = np.array([2 / 6 + 0.1, 1 / 6 + 0.5, 3 / 6 + 0.4]) / 2
+    assert lost == pytest.approx(np.cumsum(shares), rel=1e-3)
 
 
 def test_a_covariance_that_rounding_left_indefinite() -> None:
@@ -46,7 +58,7 @@ def test_a_covariance_that_rounding_left_indefinite() -> None:
     spectrum[:6] = torch.tensor([50.0, 20.0, 5.0, 1.0, 0.5, 0.1])
     covariance = (basis * spectrum) @ basis.T
     readers = torch.randn(count, 40, generator=generator, dtype=torch.float64)
-    order, lost = eliminate(covariance, readers @ readers.T)
+    order, lost = eliminate([(covariance, readers @ readers.T)])
     assert sorted(order) == list(range(count))
     assert np.isfinite(lost).all() and (np.diff(lost) >= 0).all()
     # Six directions hold all there is: all but a few nodes go for next to nothing.
@@ -58,7 +70,7 @@ def test_what_is_not_finite_is_refused(value: float) -> None:
     covariance = torch.eye(5, dtype=torch.float64)
     covariance[2, 2] = value
     with pytest.raises(fxfib.InputError, match="NaN or infinite"):
-        eliminate(covariance, torch.eye(5, dtype=torch.float64))
+        eliminate([(covariance, torch.eye(5, dtype=torch.float64))])
 
 
 @pytest.mark.parametrize("groups", [1, 3, 6])

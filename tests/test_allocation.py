@@ -1,0 +1,148 @@
+"""How groups share a loss: streams that lose the same nodes, weights of groups, what is chosen."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxfib
+from fxfib.allocation import POWERS, Allocation, some
+from fxfib.passes.curves import CountPolicy
+from fxfib.passes.difference import Yardstick
+from fxfib.passes.sensitivity import sensitivities
+from fxfib.workshop import Workshop, rewrite
+
+X = torch.randn(96, 7, generator=torch.Generator().manual_seed(0))
+
+
+class Stream(nn.Module):
+    """Two blocks beside a stream of ten nodes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(7, 10)
+        self.first = nn.ModuleList([nn.Linear(10, 9) for _ in range(2)])
+        self.second = nn.ModuleList([nn.Linear(9, 10) for _ in range(2)])
+        self.head = nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for first, second in zip(self.first, self.second, strict=True):
+            x = x + second(first(x.relu()).relu())
+        return self.head(x.relu())
+
+
+class Branches(nn.Module):
+    """Two branches alike, one of which hardly counts."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.loud, self.quiet = (
+            nn.Sequential(nn.Linear(7, 24), nn.Tanh(), nn.Linear(24, 4)) for _ in range(2)
+        )
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.loud(x) + self.factor * self.quiet(x)
+
+
+def workshop_of(model: nn.Module, calibration: Tensor | None = X) -> Workshop:
+    return Workshop(model.eval(), (X[:2],), criterion="energy", calibration=calibration)
+
+
+def test_a_stream_loses_the_same_nodes_everywhere() -> None:
+    torch.manual_seed(0)
+    workshop = workshop_of(Stream())
+    guide = workshop.guide
+    stream = next(ref for ref in guide.activations if len(guide.places(ref)) > 1)
+    places = guide.places(stream)
+    assert len(places) == 3
+    assert {tuple(guide.order(place)[0].tolist()) for place in places} == {
+        tuple(guide.order(stream)[0].tolist())
+    }
+    for gone in (1, 4, 7):
+        policy = CountPolicy(workshop.energy, {stream: gone})
+        _, small = rewrite(workshop.graph_module, policy)
+        assert small.get_parameter("stem.weight").shape == (10 - gone, 7)
+        assert small.get_parameter("head.weight").shape == (3, 10 - gone)
+
+
+def test_the_movement_of_a_linear_reader_is_what_it_loses() -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(7, 12), nn.Tanh(), nn.Linear(12, 3))
+    workshop = workshop_of(model)
+    (ref,) = [r for r in workshop.guide.activations if len(workshop.guide.order(r)[0]) == 12]
+    judge = Yardstick(workshop.graph_module, [(X,)], scores=False)
+    output = model(X).detach()
+    readers = float((output - output.mean(0)).square().mean() / output.var())
+    for gone in (2, 6, 11):
+        share = workshop.guide.order(ref)[1][gone - 1]
+        found = sensitivities(workshop.graph_module, workshop.guide, {ref: gone}, judge)
+        assert found[ref] == pytest.approx(share * readers, rel=0.02, abs=1e-6)
+
+
+def test_movement_is_not_asked_of_hidden_nodes() -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.LSTM(7, 6, batch_first=True)
+            self.last = nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.layer(x)[0][:, -1])
+
+    torch.manual_seed(2)
+    steps = torch.randn(64, 3, 7)
+    workshop = Workshop(Reader().eval(), (steps[:2],), criterion="energy", calibration=steps)
+    (ref,) = [r for r in workshop.guide.activations if isinstance(r[1], str)]
+    judge = Yardstick(workshop.graph_module, [(steps,)])
+    assert sensitivities(workshop.graph_module, workshop.guide, {ref: 2}, judge) == {}
+
+
+@pytest.mark.parametrize("factor", [0.02, 1.0])
+def test_what_hardly_counts_gives_up_more(factor: float) -> None:
+    torch.manual_seed(3)
+    small = fxfib.tune(
+        Branches(factor).eval(), example_inputs=(X[:2],), params=0.5, calibration=X, refine=0,
+        progress=False,
+    )  # fmt: skip
+    loud = small.get_submodule("loud.0").out_features
+    quiet = small.get_submodule("quiet.0").out_features
+    if factor == 1.0:
+        assert abs(loud - quiet) <= 4
+    else:
+        assert loud >= 2 * quiet
+
+
+def test_every_way_is_as_small_and_the_nearest_is_taken() -> None:
+    torch.manual_seed(4)
+    model = Branches(0.05).eval()
+    workshop = workshop_of(model)
+    allocation = Allocation(workshop, "params", 2)
+    limit = 0.5 * sum(p.numel() for p in model.parameters())
+    place = next(p for p, size in enumerate(allocation.even.parameters) if size <= limit)
+    assert len(allocation.paths(place)) == len(POWERS)
+    distances = []
+    for path in allocation.paths(place):
+        at = next(p for p, size in enumerate(path.parameters) if size <= limit)
+        refs = [curve.ref for curve in path.curves]
+        eps = workshop.eps_for(dict(zip(refs, path.gone[at], strict=True)))
+        distances.append(allocation.distance(eps))
+    assert distances[0] > 2 * min(distances)
+    small = fxfib.tune(
+        model, example_inputs=(X[:2],), params=0.5, calibration=X, refine=0, progress=False
+    )
+    (chosen,) = (point for point in small.fibration.frontier if point.chosen)
+    assert allocation.distance(chosen.eps) == pytest.approx(min(distances))
+
+
+def test_noise_does_not_judge() -> None:
+    torch.manual_seed(5)
+    allocation = Allocation(workshop_of(Branches(0.1), None), "params", 2)
+    assert len(allocation.paths(len(allocation.even) // 2)) == 1
+
+
+def test_some_of_all_examples() -> None:
+    batches = [[torch.arange(5)], [torch.arange(5, 8)]]
+    assert [batch[0].tolist() for batch in some(batches, 6)] == [[0, 1, 2, 3, 4], [5]]
+    assert some(batches, 100)[1][0].tolist() == [5, 6, 7]
+    assert len(some(batches, 5)) == 1
