@@ -35,6 +35,8 @@ NEAR_MACS = 1 / 256
 # network must be found from which refined ones are searched.
 CLOSE = 0.005
 NEAR = 0.05
+# Places at which a size is expected, before the rest is halved again and again.
+GUESSES = 8
 # How finely the published strategy searches the eps of a layer.
 BISECTIONS = 7
 
@@ -194,24 +196,21 @@ class Search:
     def _fitting(self, kind: str, limit: float) -> int:
         """The first place that is small enough, as the original is not and the last place is."""
         assert self.path is not None
-        # Predicted sizes are near; what is returned is counted.
-        place, last = self._predicted(kind, limit), len(self.path) - 1
-
-        def fits(at: int) -> bool:
-            return self._at(at).size(kind) <= limit
-
-        if fits(place):
-            low, high = (place - 1 if not fits(place - 1) else 0), place
-        else:
-            low, high = place, (place + 1 if fits(place + 1) else last)
+        predicted = self.path.parameters if kind == "params" else self.path.macs
+        low, high, aim, guesses = 0, len(self.path) - 1, limit, 0
         while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if fits(middle) else (middle, high)
+            # Predicted sizes are near, and wrong by about the same part at near places; what is
+            # returned is counted.
+            place = self._predicted(kind, aim) if guesses < GUESSES else (low + high) // 2
+            place = min(max(place, low + 1), high - 1)
+            size = self._at(place).size(kind)
+            low, high = (low, place) if size <= limit else (place, high)
+            aim, guesses = limit * predicted[place] / max(size, 1), guesses + 1
         return high
 
     def within_latency(self, aim: Target, watch: Stopwatch) -> Point:
         """A point of the path that is measured to be fast enough, next to one that is not."""
-        path = self._marginal("macs")
+        self._marginal("macs")
 
         def fits(place: int) -> bool:
             point = self._at(place)
@@ -223,15 +222,21 @@ class Search:
                 self._keep(point)
             return aim.met(point.milliseconds or 0.0, point.latency or 0.0)
 
-        low, high = 0, len(path) - 1
-        if fits(low):
-            return self._at(low)
-        if not fits(high):
-            last = self._at(high)
+        assert self.path is not None
+        if fits(0):
+            return self._at(0)
+        if not fits(len(self.path) - 1):
+            last = self._at(len(self.path) - 1)
             raise InputError(
                 f"latency={aim.text} cannot be met: the smallest network that was found takes "
                 f"{last.milliseconds:.3g} ms ({last.latency:.2f} of the original's time)."
             )
+        # Groups are weighed where the time would be right if it were all arithmetic.
+        first = self._at(0)
+        part = aim.ratio or (aim.milliseconds or 0.0) / (first.milliseconds or 1.0)
+        most, least = first.macs, self._at(len(self.path) - 1).macs
+        self._allocate("macs", min(max(part * self._original("macs"), least), most))
+        low, high = 0, len(self.path) - 1
         near = NEAR_MACS * self._original("macs")
         while high - low > 1 and self._at(low).macs - self._at(high).macs > near:
             middle = (low + high) // 2
