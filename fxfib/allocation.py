@@ -11,10 +11,11 @@ import torch
 
 from fxfib.coloring import Floats
 from fxfib.macs import macs_of
+from fxfib.passes.batches import length_of
 from fxfib.passes.compensate import Batches
 from fxfib.passes.costs import Costs
 from fxfib.passes.curves import curves_of
-from fxfib.passes.difference import Yardstick, length_of
+from fxfib.passes.difference import Yardstick
 from fxfib.passes.plan import make_plan
 from fxfib.passes.sensitivity import sensitivities
 from fxfib.paths import Path, marginal_path

@@ -33,7 +33,8 @@ class Point:
     Attributes:
         parameters, macs: counted where it was made, else predicted.
         eps: of every group, by module path; ``fxfib.compile(..., eps=point.eps)`` makes it.
-        predicted: sum over groups of the share of energy that is lost; None: not predicted.
+        predicted: sum over groups of the share of energy that is lost, as the groups were weighed;
+            None: not predicted.
         loss: measured on the data; None: not measured.
         made: whether it was really made.
         chosen: whether it is what was returned.

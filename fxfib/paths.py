@@ -24,7 +24,7 @@ class Path:
         curves: the groups.
         gone: for every point, how many nodes of each group have gone.
         parameters, macs: predicted sizes.
-        lost: predicted loss: shares of energy, summed over groups.
+        lost: predicted loss: shares of energy, weighed and summed over groups.
     """
 
     curves: Sequence[Curve]

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from fxfib.passes.batches import length_of, pieces_of
 from fxfib.passes.compensate import Batches
-from fxfib.passes.difference import difference, floating, spreads_of
+from fxfib.passes.difference import floating, gap, spreads_of
 from fxfib.passes.stages import Step, silent
 
 RATE = 1e-3
@@ -72,14 +72,14 @@ def refined(
         return ["nothing was refined: no parameter requires a gradient"]
     judges = _cut(apart)
     aims = _outputs(original, judges)
-    gap = _Gap(small, spreads_of(aims + lessons.targets), scores)
-    start = gap.mean(judges, aims)
+    distance = _Gap(small, spreads_of(aims + lessons.targets), scores)
+    start = distance.mean(judges, aims)
     kept = _copies(trained)
     rate = RATE * min(1.0, math.sqrt(max(start, 0.0) / FAR))
     for attempt in range(ATTEMPTS):
         best = start
-        for _ in _training(trained, lessons, gap, rate / SLOWER**attempt, passes, step):
-            now = gap.mean(judges, aims)
+        for _ in _training(trained, lessons, distance, rate / SLOWER**attempt, passes, step):
+            now = distance.mean(judges, aims)
             if now < best:
                 best, kept = now, _copies(trained)
         with torch.no_grad():
@@ -91,7 +91,7 @@ def refined(
 
 
 class _Gap:
-    """How far the small network is from the original; see :func:`difference`.
+    """How far the small network is from the original; see :func:`gap`.
 
     Args:
         spread: of every output.
@@ -101,11 +101,7 @@ class _Gap:
         self.small, self.spread, self.scores = small, spread, scores
 
     def __call__(self, piece: Sequence[Any], wanted: Sequence[torch.Tensor]) -> torch.Tensor:
-        found = floating(self.small(*piece))
-        return torch.stack([
-            difference(a, b, s, scores=self.scores)
-            for a, b, s in zip(found, wanted, self.spread, strict=True)
-        ]).sum()  # fmt: skip
+        return gap(self.small(*piece), wanted, self.spread, scores=self.scores)
 
     def mean(self, pieces: Pieces, wanted: Sequence[Sequence[torch.Tensor]]) -> float:
         """Over all pieces."""
@@ -154,7 +150,7 @@ class _Lessons:
 def _training(
     trained: Sequence[nn.Parameter],
     lessons: _Lessons,
-    gap: _Gap,
+    distance: _Gap,
     rate: float,
     passes: int,
     step: Step,
@@ -170,7 +166,7 @@ def _training(
     for number in range(passes):
         for piece, wanted in lessons.of(number, generator):
             with torch.enable_grad():
-                loss = gap(piece, wanted)
+                loss = distance(piece, wanted)
             gradients = torch.autograd.grad(loss, trained, allow_unused=True)
             with torch.no_grad():
                 for own, gradient in zip(wide, gradients, strict=True):

@@ -266,9 +266,17 @@ class Search:
         close = NEAR if self.workshop.refine else CLOSE
         within = _loss(last[1]) <= limit
         fitted = last if within else self._last_within(first, last, limit, close, refine=False)
+        start = fitted
+        if not within and fitted[0]:
+            # Groups are weighed here; from now on along the path that is better for this size.
+            place = self._allocate("params", fitted[1].parameters)
+            assert self.path is not None
+            start, last = (place, self._at(place, measure=True)), (len(self.path) - 1, last[1])
         if not self.workshop.refine:
-            return fitted[1]
-        refined = fitted[0], self._at(fitted[0], measure=True, refine=True)
+            ends = (start, last) if _loss(start[1]) <= limit else (first, start)
+            found = fitted if within else self._last_within(*ends, limit, CLOSE, refine=False)
+            return min(fitted[1], found[1], key=lambda point: point.parameters)
+        refined = start[0], self._at(start[0], measure=True, refine=True)
         if not _loss(refined[1]) <= limit:
             return fitted[1]
         return self._last_within(refined, last, limit, CLOSE, refine=True)[1]

@@ -8,8 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fxfib.passes.batches import pieces_of
+
 # What the squared difference of class scores counts beside the divergence of their softmax.
 SQUARED = 0.1
+# Examples that are run at a time.
+BATCH = 128
 
 
 def difference(
@@ -30,6 +34,14 @@ def difference(
     return F.kl_div(ours, theirs, log_target=True, reduction="batchmean") + SQUARED * squared
 
 
+def gap(
+    found: object, wanted: Sequence[torch.Tensor], spread: Sequence[float], *, scores: bool = True
+) -> torch.Tensor:
+    """The sum of :func:`difference` over the floating outputs of a call."""
+    triples = zip(floating(found), wanted, spread, strict=True)
+    return torch.stack([difference(*triple, scores=scores) for triple in triples]).sum()
+
+
 class Yardstick:
     """Measures how far a network is from the original on given inputs.
 
@@ -37,7 +49,6 @@ class Yardstick:
         original: called with flat inputs.
         batches: these inputs.
         scores: see :func:`difference`.
-        most: examples of a piece.
     """
 
     def __init__(
@@ -46,21 +57,19 @@ class Yardstick:
         batches: Sequence[Sequence[Any]],
         *,
         scores: bool = True,
-        most: int = BATCH,
     ) -> None:
         self.scores = scores
-        self.pieces = [piece for batch in batches for piece in pieces_of(batch, most)]
+        self.pieces = [piece for batch in batches for piece in pieces_of(batch, BATCH)]
         with torch.no_grad():
             self.wanted = [floating(original(*piece)) for piece in self.pieces]
         self.spread = spreads_of(self.wanted)
 
     def __call__(self, network: Callable[..., Any]) -> float:
-        """The sum over outputs of :func:`difference`, its mean over pieces."""
+        """The mean of :func:`gap` over pieces."""
         total = 0.0
         with torch.no_grad():
             for piece, wanted in zip(self.pieces, self.wanted, strict=True):
-                pairs = zip(floating(network(*piece)), wanted, self.spread, strict=True)
-                total += sum(float(difference(*pair, scores=self.scores)) for pair in pairs)
+                total += float(gap(network(*piece), wanted, self.spread, scores=self.scores))
         return total / len(self.pieces)
 
 
