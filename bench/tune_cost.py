@@ -9,6 +9,11 @@ result was) and measures such networks, and keeps what is smaller within the sam
 the same inputs: calibration from the training images, losses on other training images; test images
 play no part.
 
+Who measures long enough finds networks that are lucky on the images that judge.  So both results
+are measured on training images that neither has seen, too (`unseen_increase`,
+`longer_unseen_increase`), and the default search looks for the smallest network that is as good
+there as the longer one's (`unseen_found`): `unseen_ratio` is what the longer search really gained.
+
 Cases ending in `_loss`: the smallest network whose cross-entropy rises by at most the limit.
 Others: a size, where nothing is evaluated, and only the time is of interest.  `resnet18_w64` has
 the published widths and random weights, with statistics of batch norm from the images: what the
@@ -44,11 +49,13 @@ from fxfib.workshop import Workshop
 COLUMNS = (
     "case", "images", "parameters", "seconds", "cpu_seconds", "evaluations", "found",
     "loss_increase", "limit", "longer_seconds", "longer_evaluations", "longer_found", "ratio",
-    "threads", "torch",
+    "unseen_increase", "longer_unseen_increase", "unseen_found", "unseen_ratio", "threads", "torch",
 )  # fmt: skip
 # Part of a group's nodes that one move gives back or takes, at most.
 MOVE = 0.1
 VALIDATION = 1000
+# Images that judge in the end.
+UNSEEN = 5000
 
 
 @dataclass(frozen=True)
@@ -99,12 +106,18 @@ class Longer:
     """
 
     def __init__(self, search: Search, best: Point, limit: float) -> None:
-        assert search.path is not None
+        assert search.path is not None and search.allocation is not None
         self.search, self.best, self.limit = search, best, limit
         self.curves: list[Curve] = list(search.path.curves)
         self.generator = np.random.default_rng(0)
-        place = next(p for p, eps in search.precisions.items() if eps == best.eps)
-        self.gone = np.array(search.path.gone[place])
+        refs = [curve.ref for curve in self.curves]
+        self.gone = next(
+            np.array(gone)
+            for path in (search.path, search.allocation.even)
+            for gone, lost in zip(path.gone, path.lost, strict=True)
+            if lost == best.predicted
+            and search.workshop.eps_for(dict(zip(refs, gone, strict=True))) == best.eps
+        )
         self.most = np.array([len(curve.lost) for curve in self.curves])
         self.fixed = np.array(search.path.gone[-1]) == 0
 
@@ -136,8 +149,11 @@ class Case:
         self.example = (data.train[:2],)
         self.calibration = data.calibration(0, self.images)
         order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
-        chosen = order[self.images :][:VALIDATION].split(250)
-        self.pairs = [(data.train[part], data.train_labels[part]) for part in chosen]
+        chosen, unseen = order[self.images :][: VALIDATION + UNSEEN].tensor_split([VALIDATION])
+        self.pairs, self.unseen = (
+            [(data.train[part], data.train_labels[part]) for part in some.split(250)]
+            for some in (chosen, unseen)
+        )
 
     def default(self) -> dict[str, Any]:
         """A row of what users call."""
@@ -178,7 +194,15 @@ class Case:
                 more.step()
                 steps += 1
                 bar.update(round(passed) - bar.n)
+        judge = Evaluator(workshop.captured, self.unseen, nn.functional.cross_entropy)
+        ours, theirs = (judge.loss(search.network(p).small) for p in (best, more.best))
+        fair = Search(workshop, judge, Store(None, workshop, judge))
+        unseen = fair.within_loss(max(0.0, theirs - judge.original))
         return {
+            "unseen_increase": round(ours - judge.original, 4),
+            "longer_unseen_increase": round(theirs - judge.original, 4),
+            "unseen_found": unseen.parameters,
+            "unseen_ratio": round(unseen.parameters / more.best.parameters, 4),
             "loss_increase": round((best.loss or 0.0) - evaluator.original, 4),
             "longer_seconds": round(time.perf_counter() - start, 1), "longer_evaluations": steps,
             "longer_found": more.best.parameters,

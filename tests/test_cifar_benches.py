@@ -128,6 +128,7 @@ def test_a_longer_search_starts_from_what_was_found(
     inputs = torch.randn(400, 7)
     labels = model(inputs).argmax(1)
     data = tune_cost.Data((inputs, labels), (inputs, labels))
+    monkeypatch.setattr(tune_cost, "VALIDATION", 100)  # and 100 that neither search sees
     monkeypatch.setattr(tune_cost, "network", lambda aim, root, cache: (model, data, 200))
     aim = tune_cost.Aim("", {"max_loss_increase": 0.05})
     monkeypatch.setitem(tune_cost.AIMS, "small", aim)
@@ -147,6 +148,9 @@ def test_a_longer_search_starts_from_what_was_found(
     assert float(row["ratio"]) == round(found / longer, 4) >= 1
     assert float(row["loss_increase"]) <= 0.05
     assert int(row["longer_evaluations"]) > 0
+    assert float(row["unseen_ratio"]) == round(int(row["unseen_found"]) / longer, 4)
+    if longer == found:
+        assert row["unseen_increase"] == row["longer_unseen_increase"]
     before = path.read_text()
     tune_cost.main([*given, "--longer", "2"])  # nothing is missing
     assert path.read_text() == before

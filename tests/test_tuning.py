@@ -81,6 +81,14 @@ def test_a_loss_is_kept_and_the_promise_is_true() -> None:
     assert tighter.fibration.parameters_after > small.fibration.parameters_after
 
 
+def test_where_any_loss_is_allowed_the_smallest_network_is_taken() -> None:
+    small = fxfib.tune(
+        MODEL, DATA, LOSS, example_inputs=INPUTS, max_loss_increase=1e6, calibration=X
+    )
+    assert small.fibration.parameters_after == (6 + 1) + (1 + 1) + (3 + 3)
+    assert [p.refined for p in small.fibration.frontier if p.chosen] == [True]
+
+
 def test_few_networks_are_refined_and_none_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     workshop = importlib.import_module("fxfib.workshop")
     refined, sizes = workshop.refined, []
