@@ -224,13 +224,18 @@ class CalibratedPolicy(EnergyPolicy):
         self._orders: dict[Ref, tuple[Labels, Floats]] = {}
 
     def places(self, ref: Ref) -> list[Ref]:
-        """The colored axes whose nodes go together with these: they share one layout."""
+        """The colored axes whose nodes go together with these."""
         return [other for other in self.activations if self.outlook.tied(other, ref)]
+
+    def telling(self, ref: Ref) -> list[Ref]:
+        """Those of the :meth:`places` where it shows which nodes are missed."""
+        places = self.places(ref)
+        return [p for p in places if not self.outlook.follows(p)] or places
 
     def order(self, ref: Ref) -> tuple[Labels, Floats]:
         """The nodes in the order in which they go, and the share that is lost then."""
         if ref not in self._orders:
-            known = [self.activations[place] for place in self.places(ref)]
+            known = [self.activations[place] for place in self.telling(ref)]
             found = eliminate([(a.covariance, a.demand) for a in known])
             self._orders |= dict.fromkeys(self.places(ref), found)
         return self._orders[ref]

@@ -51,7 +51,7 @@ class Recorder(EnergyPolicy):
         places = self.guide.places(ref)
         if any(place in self.curves for place in places):
             return exact
-        lost = self.guide.lost(ref, form, exact) * len(places)
+        lost = self.guide.lost(ref, form, exact) * len(self.guide.telling(ref))
         behind = (layer for place in places for layer in layers_behind(place[0]))
         layers = {path for layer in behind for path in owners(layer)}
         if len(lost) > 1 and layers:

@@ -66,7 +66,7 @@ class Outlook:
         probe = Probe()
         plan = make_plan(Analysis(graph_module, skip=skip, policy=probe).run())
         self.asked = tuple(probe.asked)
-        self._component = components(self.exact.relations)
+        self._component = components([*self.exact.relations, *_same_as_groups(self.exact)])
         self._folds = {
             ref: may and plan.layout(*ref).size < plan.layout(*ref).full
             for ref, may in probe.asked.items()
@@ -77,8 +77,21 @@ class Outlook:
         return self._folds.get(ref, False)
 
     def tied(self, ref: Ref, other: Ref) -> bool:
-        """Whether two axes share one layout."""
+        """Whether nodes of two axes go together: before and behind a depthwise layer, too."""
         return self._component.get(ref, ref) == self._component.get(other, other)
+
+    def follows(self, ref: Ref) -> bool:
+        """Whether nodes are read one by one, as in a depthwise convolution.
+
+        No other node makes up for what such a reader loses, and it loses nothing that counts where
+        its own nodes go, too: what reads those in turn tells who is missed.
+        """
+        columns = self.columns(ref)
+        alone = (
+            len(c) == c.shape[1] and not torch.count_nonzero(c - c.diagonal().diag())
+            for c in columns
+        )
+        return bool(columns) and not self.plain.get(ref) and all(alone)
 
     def columns(self, ref: Ref) -> list[torch.Tensor]:
         """The weights that read the nodes of an axis, each ``[m, nodes]``."""
@@ -125,6 +138,15 @@ def _readers(analysis: Analysis) -> tuple[dict[Ref, list[torch.Tensor]], dict[Re
                     plain[ref] = plain.get(ref, 0.0) + plain[out]
         other(node, known)
     return readers, plain
+
+
+def _same_as_groups(analysis: Analysis) -> Iterator[Same]:
+    """Axes of grouped layers with one node in every group: the groups are the nodes."""
+    for relation in analysis.relations:
+        if isinstance(relation, Move) and len(relation.out) == 1 and len(relation.sources) == 1:
+            (out,), ((group, *inside),) = relation.out, relation.sources
+            if [analysis.inner_sizes.get(ref) for ref in inside] == [1]:
+                yield Same(out, group)
 
 
 def _passed(

@@ -101,7 +101,7 @@ def sensitivities(
     """
     found: dict[Ref, float] = {}
     for number, (ref, count) in enumerate(gone.items()):
-        places = guide.places(ref)
+        places = guide.telling(ref)
         if all(isinstance(axis, int) for _, axis in places):
             changes: dict[fx.Node, list[Told]] = {}
             order = guide.order(ref)[0][:count]

@@ -8,6 +8,7 @@ import fxfib
 from fxfib.allocation import POWERS, Allocation, some
 from fxfib.passes.curves import CountPolicy
 from fxfib.passes.difference import Yardstick
+from fxfib.passes.elimination import eliminate
 from fxfib.passes.sensitivity import sensitivities
 from fxfib.workshop import Workshop, rewrite
 
@@ -64,6 +65,46 @@ def test_a_stream_loses_the_same_nodes_everywhere() -> None:
         _, small = rewrite(workshop.graph_module, policy)
         assert small.get_parameter("stem.weight").shape == (10 - gone, 7)
         assert small.get_parameter("head.weight").shape == (3, 10 - gone)
+
+
+class Depthwise(nn.Module):
+    """Nodes that pass a depthwise convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv1d(4, 9, 1)
+        self.alone = nn.Conv1d(9, 9, 3, groups=9)
+        self.last = nn.Conv1d(9, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.alone(self.first(x).relu()).relu()).sum(2)
+
+
+def test_before_and_behind_a_depthwise_layer_the_same_nodes_go() -> None:
+    torch.manual_seed(6)
+    x = torch.randn(50, 4, 6)
+    workshop = Workshop(Depthwise().eval(), (x[:2],), criterion="energy", calibration=x)
+    guide = workshop.guide
+    before, behind = [r for r in guide.activations if len(guide.order(r)[0]) == 9]
+    assert guide.places(before) == [before, behind] and guide.telling(before) == [behind]
+    alone = guide.activations[behind]
+    order, _ = eliminate([(alone.covariance, alone.demand)])
+    assert guide.order(before)[0].tolist() == guide.order(behind)[0].tolist() == order.tolist()
+    for gone in (1, 5):
+        policy = CountPolicy(workshop.energy, {before: gone})
+        _, small = rewrite(workshop.graph_module, policy)
+        assert small.get_parameter("first.weight").shape == (9 - gone, 4, 1)
+        assert small.get_parameter("alone.weight").shape == (9 - gone, 1, 3)
+
+
+def test_two_nodes_behind_each_of_a_grouped_layer_are_chosen_apart() -> None:
+    torch.manual_seed(7)
+    x = torch.randn(50, 4, 6)
+    model = nn.Sequential(
+        nn.Conv1d(4, 6, 1), nn.ReLU(), nn.Conv1d(6, 12, 3, groups=6), nn.ReLU(), nn.Conv1d(12, 2, 1)
+    )
+    guide = Workshop(model.eval(), (x[:2],), criterion="energy", calibration=x).guide
+    assert all(guide.places(ref) == [ref] for ref in guide.activations)
 
 
 def test_the_movement_of_a_linear_reader_is_what_it_loses() -> None:
