@@ -67,7 +67,8 @@ def tune(
             None: the squared difference from the original's outputs, over their variance.
         example_inputs, example_kwargs: as for :func:`fxfib.compile`.
         max_loss_increase: the loss may exceed the original's by this much; the smallest such
-            network is returned.  Needs data.
+            network that was found is returned.  Needs data; on a few examples what was chosen by
+            them is a little lucky, and on others the loss rises more.
         params, macs: at most so many: a count, or, below or equal to 1, a fraction of the original.
         latency: one call with the example inputs takes at most so long in ``runtime``: a part of
             the original's time (0.5), or a time with its unit ("2.5 ms").  Networks are timed
