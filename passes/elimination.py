@@ -54,7 +54,9 @@ def eliminate(places: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[Labe
     while len(alive):
         # Each step loses digits, as what is left of the inverse shrinks; half of the nodes at a
         # time, and both matrices are made again.
-        inverse = torch.linalg.inv(damped[:, alive[:, None], alive])
+        # One by one: on some CPUs batches of inverses have hung in several threads.
+        left = damped[:, alive[:, None], alive]
+        inverse = torch.stack([torch.linalg.inv(matrix) for matrix in left])
         columns = damped[:, :, alive] @ inverse
         wanted = columns.mT @ demand @ columns
         gone = torch.zeros(len(alive), dtype=torch.bool)
