@@ -52,10 +52,13 @@ def tune(
 
     ``"marginal"``: groups give up nodes one after another, always where the least predicted loss is
     paid for what is saved; the predicted loss is the energy that the readers of each group lose,
-    told from the weights, or measured on the calibration inputs.  Along this path the target is
-    found by bisection over networks that are really made (sizes and latencies), or where predicted
-    and measured losses of networks that were evaluated say that the limit is.  Of small models all
-    is done in one thread.
+    told from the weights, or measured on the calibration inputs, times how far the outputs move
+    when that group alone loses it.  Later layers mend a part of what earlier ones lose, so that
+    this factor counts whole, by its square root or not at all: of three networks as small, each
+    fitted, the one is gone on from that is nearest to the original on inputs kept apart (where
+    there are none but noise, the root is taken).  Along its path the target is found by making
+    networks (sizes and latencies) and evaluating them (losses), each where the ones before say that
+    the limit is.  Of small models all is done in one thread.
     ``"bisection"``, as published: layer by layer, in order, the largest eps whose measured loss
     stays within the tolerance; it needs ``max_loss_increase``.
 
