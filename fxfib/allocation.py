@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import fx
 
 from fxfib.coloring import Floats
 from fxfib.macs import macs_of
@@ -17,6 +18,7 @@ from fxfib.passes.costs import Costs
 from fxfib.passes.curves import curves_of
 from fxfib.passes.difference import Yardstick
 from fxfib.passes.plan import make_plan
+from fxfib.passes.rewrite import Rewriter
 from fxfib.passes.sensitivity import sensitivities
 from fxfib.paths import Path, marginal_path
 from fxfib.workshop import Workshop
@@ -113,9 +115,8 @@ class Allocation:
         """What these networks are fitted on."""
         return some(self.workshop.parts[0], self.most(1))
 
-    def distance(self, eps: dict[str, float]) -> float:
-        """How far a network is from the original once it is fitted."""
-        rewriter, small = self.workshop.rewritten(eps)
+    def distance(self, rewriter: Rewriter, small: fx.GraphModule) -> float:
+        """How far a rewritten network is from the original once it is fitted, in place."""
         self.workshop.fitted(rewriter, small, refine=False, batches=self.learned)
         return self.judge(small)
 

@@ -36,6 +36,10 @@ class Path:
     def __len__(self) -> int:
         return len(self.gone)
 
+    def predicted_sizes(self, kind: str) -> Sequence[float]:
+        """Parameters (``"params"``) or multiply-accumulates (``"macs"``) of every point."""
+        return self.parameters if kind == "params" else self.macs
+
     def predicted(self, place: int) -> float:
         """Predicted loss of a point."""
         return self.lost[place]

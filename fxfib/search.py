@@ -37,6 +37,8 @@ CLOSE = 0.005
 NEAR = 0.05
 # Places at which a size is expected, before the rest is halved again and again.
 GUESSES = 8
+# Networks that are compared have about the same size: how near, and how often it is tried.
+ALIKE, TRIES = 0.01, 3
 # How finely the published strategy searches the eps of a layer.
 BISECTIONS = 7
 
@@ -98,7 +100,7 @@ class Search:
             self.made += 1
             self.part(f"network {self.made}")
             rewriter, small = self.workshop.rewritten(dict(eps))
-            sizes = sum(p.numel() for p in small.parameters()), macs_of(small) // self.batch
+            sizes = self._sizes(small)
             loss = None
             if measure:
                 assert self.evaluator is not None
@@ -107,7 +109,15 @@ class Search:
                 loss = self.evaluator.loss(small)
                 if loss <= self.limit:
                     self.kept = key, Network(rewriter, small, notes)
-            known = Point(*sizes, dict(eps), predicted, loss, made=True, refined=refine)
+            known = Point(
+                sizes["params"],
+                sizes["macs"],
+                dict(eps),
+                predicted,
+                loss,
+                made=True,
+                refined=refine,
+            )
             self.store.put(key, known)
         self.tried[key] = known
         return known
@@ -148,15 +158,37 @@ class Search:
         self.workshop.step("allocate")
         with torch_threads(self.workshop.threads):
             paths = self.allocation.paths(self._predicted(kind, limit))
-        found = []
-        for path in paths:
+        best, least, aim = paths[0], math.inf, limit
+        for path in paths if len(paths) > 1 else ():
             self._follow(path)
-            place = self._fitting(kind, limit)
-            distance = self.allocation.distance(self._eps(place)) if len(paths) > 1 else 0.0
-            found.append((distance, path, place))
-        _, path, place = min(found, key=lambda entry: entry[0])
-        self._follow(path)
-        return place
+            distance, aim = self._judged(kind, limit, aim)
+            if distance < least:
+                best, least = path, distance
+        self._follow(best)
+        return self._fitting(kind, limit, aim)
+
+    def _judged(self, kind: str, limit: float, aim: float) -> tuple[float, float]:
+        """How far the network of about this size on the path is from the original.
+
+        Args:
+            aim: the predicted size at which it is expected.
+
+        Returns:
+            The distance, and the predicted size that would have been right.
+        """
+        assert self.path is not None and self.allocation is not None
+        for _ in range(TRIES):
+            place = self._predicted(kind, aim)
+            rewriter, small = self.workshop.rewritten(self._eps(place))
+            size = self._sizes(small)[kind]
+            aim = limit * self.path.predicted_sizes(kind)[place] / max(size, 1)
+            if abs(size - limit) <= ALIKE * limit:
+                break
+        return self.allocation.distance(rewriter, small), aim
+
+    def _sizes(self, small: fx.GraphModule) -> dict[str, int]:
+        parameters = sum(p.numel() for p in small.parameters())
+        return {"params": parameters, "macs": macs_of(small) // self.batch}
 
     def _at(self, place: int, *, measure: bool = False, refine: bool = False) -> Point:
         assert self.path is not None
@@ -190,14 +222,18 @@ class Search:
     def _predicted(self, kind: str, limit: float) -> int:
         """The first place whose predicted size is small enough."""
         assert self.path is not None
-        predicted = self.path.parameters if kind == "params" else self.path.macs
+        predicted = self.path.predicted_sizes(kind)
         return next((p for p, s in enumerate(predicted) if s <= limit), len(self.path) - 1)
 
-    def _fitting(self, kind: str, limit: float) -> int:
-        """The first place that is small enough, as the original is not and the last place is."""
+    def _fitting(self, kind: str, limit: float, aim: float) -> int:
+        """The first place that is small enough, as the original is not and the last place is.
+
+        Args:
+            aim: the predicted size at which it is expected.
+        """
         assert self.path is not None
-        predicted = self.path.parameters if kind == "params" else self.path.macs
-        low, high, aim, guesses = 0, len(self.path) - 1, limit, 0
+        predicted = self.path.predicted_sizes(kind)
+        low, high, guesses = 0, len(self.path) - 1, 0
         while high - low > 1:
             # Predicted sizes are near, and wrong by about the same part at near places; what is
             # returned is counted.

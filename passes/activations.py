@@ -59,12 +59,12 @@ def activations_of(
     batches: Batches,
     step: Step = silent,
 ) -> Mapping[Ref, Activation]:
-    """One run over all inputs; see :class:`Activation`."""
+    """Of the axes whose nodes may go, in one run over all inputs; see :class:`Activation`."""
     analysis = outlook.exact
     places = {
         (node, axis): node if isinstance(axis, str) else as_read(analysis, node, axis)
         for node, axis in outlook.asked
-        if node in analysis.values
+        if node in analysis.values and not outlook.held((node, axis))
     }
     if not places:
         return {}

@@ -16,7 +16,7 @@ from fxfib.coloring import FIRST_FREE, Factor, Floats
 from fxfib.passes.criteria import Policy
 from fxfib.passes.forward import Analysis
 from fxfib.passes.plan import make_plan
-from fxfib.passes.relations import Move, Ref, Same, components
+from fxfib.passes.relations import Full, Move, Ref, Same, components
 from fxfib.passes.rules import find_rule
 from fxfib.passes.rules.base import is_tensor
 from fxfib.signature import Form
@@ -66,7 +66,10 @@ class Outlook:
         probe = Probe()
         plan = make_plan(Analysis(graph_module, skip=skip, policy=probe).run())
         self.asked = tuple(probe.asked)
-        self._component = components([*self.exact.relations, *_same_as_groups(self.exact)])
+        relations = self.exact.relations
+        self._component = components([*relations, *_same_as_groups(self.exact)])
+        full = (relation.a for relation in relations if isinstance(relation, Full))
+        self._held = {self._component.get(ref, ref) for ref in full}
         self._folds = {
             ref: may and plan.layout(*ref).size < plan.layout(*ref).full
             for ref, may in probe.asked.items()
@@ -79,6 +82,10 @@ class Outlook:
     def tied(self, ref: Ref, other: Ref) -> bool:
         """Whether nodes of two axes go together: before and behind a depthwise layer, too."""
         return self._component.get(ref, ref) == self._component.get(other, other)
+
+    def held(self, ref: Ref) -> bool:
+        """Whether none of the nodes may go."""
+        return self._component.get(ref, ref) in self._held
 
     def follows(self, ref: Ref) -> bool:
         """Whether nodes are read one by one, as in a depthwise convolution.
