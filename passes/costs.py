@@ -37,8 +37,8 @@ class Costs:
             [any(root(ref) == root(curve.ref) for ref in plan.reasons) for curve in curves],
             dtype=bool,
         )
-        self.tensors: list[tuple[float, list[list[int]]]] = []
-        self.work: list[tuple[float, list[list[int]]]] = []
+        tensors: list[tuple[float, list[list[int]]]] = []
+        work: list[tuple[float, list[list[int]]]] = []
         graph = analysis.graph_module.graph
         macs = macs_by_node(analysis.graph_module)
         for node in graph.find_nodes(op="get_attr"):
@@ -46,35 +46,63 @@ class Costs:
             axes = [groups.get(root((node, axis)), []) for axis in range(len(shape))]
             axes = [axis for axis in axes if axis]
             if node.meta["val"].is_floating_point():
-                self.tensors.append((float(np.prod(shape)), axes))
+                tensors.append((float(np.prod(shape)), axes))
             for user in node.users:
                 if len(shape) > 1 and user in macs:
-                    self.work.append((macs.pop(user) / batch, axes))
+                    work.append((macs.pop(user) / batch, axes))
+        self.tensors, self.work = _Products(tensors, self.sizes), _Products(work, self.sizes)
         self.rest = sum(macs.values()) / batch
 
     def parameters(self, left: Floats) -> float:
         """Number of parameters, for the nodes left in every group."""
-        return sum(self._product(size, axes, left) for size, axes in self.tensors)
+        return self.tensors.total(left)
 
     def macs(self, left: Floats) -> float:
         """Multiply-accumulates of one example."""
-        return self.rest + sum(self._product(size, axes, left) for size, axes in self.work)
+        return self.rest + self.work.total(left)
 
     def slope(self, left: Floats, kind: str) -> Floats:
         """How much one node less saves, in every group."""
-        result = np.zeros(len(self.sizes))
-        for size, axes in self.tensors if kind == "params" else self.work:
-            value = self._product(size, axes, left)
-            for axis in axes:
-                total = left[axis].sum()
-                for group in axis:
-                    result[group] += value / max(total, 1.0)
-        return result
+        return (self.tensors if kind == "params" else self.work).slope(left)
 
-    def _product(self, size: float, axes: list[list[int]], left: Floats) -> float:
-        for axis in axes:
-            size *= left[axis].sum() / self.sizes[axis].sum()
-        return size
+
+class _Products:
+    """Sizes that go with the parts that are left of several axes.
+
+    Args:
+        entries: a size each, and for every axis the groups whose nodes it holds.
+        sizes: nodes of every group.
+    """
+
+    def __init__(self, entries: Sequence[tuple[float, list[list[int]]]], sizes: Floats) -> None:
+        axes = dict.fromkeys(tuple(axis) for _, own in entries for axis in own)
+        place = {axis: number for number, axis in enumerate(axes)}
+        self.entries = np.array([size for size, _ in entries])
+        # Which groups an axis holds; the last axis stands for none, all of which is always left.
+        self.member = np.zeros((len(axes), len(sizes)))
+        for axis, number in place.items():
+            self.member[number, list(axis)] = 1.0
+        self.whole = self.member @ sizes
+        most = max((len(own) for _, own in entries), default=0)
+        self.axes = np.full((len(entries), most), len(axes))
+        for row, (_, own) in zip(self.axes, entries, strict=True):
+            row[: len(own)] = [place[tuple(axis)] for axis in own]
+
+    def _values(self, left: Floats) -> Floats:
+        part = np.append(self.member @ left / self.whole, 1.0)
+        values: Floats = self.entries * part[self.axes].prod(1)
+        return values
+
+    def total(self, left: Floats) -> float:
+        """The sum, for the nodes left in every group."""
+        return float(self._values(left).sum())
+
+    def slope(self, left: Floats) -> Floats:
+        """How much less the sum is for one node less of each group."""
+        values = np.repeat(self._values(left)[:, None], self.axes.shape[1], 1)
+        by_axis = np.bincount(self.axes.ravel(), values.ravel(), len(self.member) + 1)[:-1]
+        slope: Floats = self.member.T @ (by_axis / np.maximum(self.member @ left, 1.0))
+        return slope
 
 
 def _tied(analysis: Analysis, held: Container[Ref]) -> Callable[[Ref], Ref]:
