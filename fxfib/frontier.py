@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fxfib._version import __version__
 from fxfib.errors import InputError
 from fxfib.files import move_into_place, staging_folder
 
@@ -62,8 +63,9 @@ class Point:
 class Store:
     """Points that were made, in memory and, where a path is given, in a file.
 
-    The file belongs to one search: another model, other options or other data start afresh, and so
-    does another place (runtime, threads and machine in words) where latency is measured.
+    The file belongs to one search: another model, other options, other data or another version of
+    fxfib start afresh, and so does another place (runtime, threads and machine in words) where
+    latency is measured.
 
     Raises:
         InputError: there is a file, and no search has written it.
@@ -124,7 +126,9 @@ def _mark(workshop: Workshop, evaluator: Evaluator | None, place: str | None) ->
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
         digest.update(value.view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
     options = (
-        workshop.criterion, workshop.compensate, workshop.refine, workshop.round_to, workshop.skip,
+        # Another version may fit and refine in another way.
+        __version__, workshop.criterion, workshop.compensate, workshop.refine,
+        workshop.round_to, workshop.skip,
         # Sums over shuffled batches differ in their last digits.
         None if evaluator is None else f"{evaluator.original:.6g}", place,
     )  # fmt: skip

@@ -207,6 +207,20 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(calls) > 3
 
 
+def test_another_version_takes_nothing_from_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = {"example_inputs": INPUTS, "params": 0.5, "refine": 0, "resume": tmp_path / "search"}
+    fxfib.tune(MODEL, **target)
+    made, rewritten = [], Workshop.rewritten
+    monkeypatch.setattr(Workshop, "rewritten", lambda s, e: made.append(e) or rewritten(s, e))
+    fxfib.tune(MODEL, **target)
+    again = len(made)
+    monkeypatch.setattr("fxfib.frontier.__version__", "0.0.0")
+    fxfib.tune(MODEL, **target)
+    assert again < len(made) - again
+
+
 def test_what_is_taken_from_a_file_is_made_again(tmp_path: Path) -> None:
     """And not what this search made before it."""
     file = tmp_path / "search"
