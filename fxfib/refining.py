@@ -70,6 +70,8 @@ def refined(
     lessons = _Lessons(original, inputs)
     if not trained or not lessons.pieces:
         return ["nothing was refined: no parameter requires a gradient"]
+    if not any(lessons.targets):
+        return ["nothing was refined: no output is a floating tensor"]
     judges = _cut(apart)
     aims = _outputs(original, judges)
     distance = _Gap(small, spreads_of(aims + lessons.targets), scores)

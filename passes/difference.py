@@ -12,6 +12,8 @@ from fxfib.passes.batches import pieces_of
 
 # What the squared difference of class scores counts beside the divergence of their softmax.
 SQUARED = 0.1
+# In place of minus infinity, whose softmax is 0 as well, but whose differences are no numbers.
+MASKED = -1e30
 # Examples that are run at a time.
 BATCH = 128
 
@@ -25,8 +27,11 @@ def difference(
     several]``, is compared as such: by the Kullback-Leibler divergence of the softmax, plus a tenth
     of the squared difference, which alone would spend the network on scores of no consequence.
     Not ``scores``: what noise scores highest means nothing, so the squared difference is all.
+    Scores that both mask with minus infinity do not differ.
     """
     found, wanted = found.float(), wanted.float()
+    masked = (wanted == -torch.inf) & (found == wanted)
+    found, wanted = found.masked_fill(masked, MASKED), wanted.masked_fill(masked, MASKED)
     squared = (found - wanted).square().mean() / spread
     if not (scores and has_scores(found)):
         return squared
@@ -37,9 +42,10 @@ def difference(
 def gap(
     found: object, wanted: Sequence[torch.Tensor], spread: Sequence[float], *, scores: bool = True
 ) -> torch.Tensor:
-    """The sum of :func:`difference` over the floating outputs of a call."""
+    """The sum of :func:`difference` over the floating outputs of a call; 0 where there is none."""
     triples = zip(floating(found), wanted, spread, strict=True)
-    return torch.stack([difference(*triple, scores=scores) for triple in triples]).sum()
+    parts = (difference(*triple, scores=scores) for triple in triples)
+    return sum(parts, start=torch.zeros(()))
 
 
 class Yardstick:
@@ -79,11 +85,16 @@ def has_scores(output: torch.Tensor) -> bool:
 
 
 def spreads_of(outputs: Sequence[Sequence[torch.Tensor]]) -> list[float]:
-    """The variance of every output, over all pieces of the inputs."""
+    """The variance of every output, over all pieces of the inputs; masked scores do not count."""
     return [
-        max(float(torch.cat([t[k].flatten() for t in outputs]).float().var()), 1e-12)
+        _spread(torch.cat([pieces[k].flatten() for pieces in outputs]).float())
         for k in range(len(outputs[0]))
     ]
+
+
+def _spread(values: torch.Tensor) -> float:
+    values = values[values != -torch.inf]
+    return max(float(values.var()), 1e-12) if len(values) > 1 else 1e-12
 
 
 def floating(outputs: object) -> list[torch.Tensor]:

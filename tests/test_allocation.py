@@ -1,5 +1,7 @@
 """How groups share a loss: streams that lose the same nodes, weights of groups, what is chosen."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -205,3 +207,43 @@ def test_what_may_not_go_is_not_measured() -> None:
     workshop = workshop_of(Both())
     assert [workshop.outlook.held(ref) for ref in workshop.outlook.asked] == [False, True]
     assert [len(a.mean) for a in workshop.guide.activations.values()] == [5]
+
+
+class Said(nn.Module):
+    """A perceptron that says only the best class, or masks the last one."""
+
+    def __init__(self, *, best: bool) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(7, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 4)
+        )
+        self.best = best
+        self.register_buffer("mask", torch.tensor([False, False, False, True]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.layers(x)
+        return scores.argmax(1) if self.best else scores.masked_fill(self.mask, -torch.inf)
+
+
+def test_sizes_are_met_where_no_output_says_how_near_a_network_is() -> None:
+    torch.manual_seed(0)
+    model = Said(best=True).eval()
+    small = fxfib.tune(model, example_inputs=(X[:2],), params=0.5, calibration=X)
+    assert sum(p.numel() for p in small.parameters()) <= 448  # half of 896
+    assert small.fibration.notes == ("nothing was refined: no output is a floating tensor",)
+
+
+def test_masked_scores_do_not_hide_how_far_the_others_move() -> None:
+    torch.manual_seed(0)
+    workshop = workshop_of(Said(best=False))
+    weights = Allocation(workshop, "params", 2).weights(0)
+    assert len(weights) == 2
+    assert weights[0] != pytest.approx(1.0)
+    with torch.no_grad():
+        graph = workshop.graph_module
+        yardstick = Yardstick(graph, [[X]])
+        whole = copy.deepcopy(graph)
+        assert yardstick(whole) == 0.0
+        for parameter in whole.parameters():
+            parameter *= 1.1
+        assert 0 < yardstick(whole) < torch.inf

@@ -175,6 +175,26 @@ def test_a_complex_parameter_is_refined_too() -> None:
     assert gap(original, small, apart) < start
 
 
+def test_where_no_output_is_a_floating_tensor_nothing_is_refined() -> None:
+    """A network that says which class is nearest, and no more."""
+    original, small = (fx.symbolic_trace(Arg(graph)) for graph in graphs())
+    before = copy.deepcopy(small)
+    inputs = torch.randn(16, 5)
+    (note,) = refining.refined(original, small, lambda number: [[inputs]], [[inputs]], 1)
+    assert "no output is a floating tensor" in note
+    for old, new in zip(before.parameters(), small.parameters(), strict=True):
+        assert torch.equal(old, new)
+
+
+class Arg(nn.Module):
+    def __init__(self, scores: nn.Module) -> None:
+        super().__init__()
+        self.scores = scores
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scores(x).argmax(1)
+
+
 def test_examples_are_counted_where_they_cannot_be_cut() -> None:
     batch = [torch.tensor(2.0), torch.zeros(5, 3), torch.zeros(3), 7]
     assert examples_of(batch) == 5
