@@ -11,9 +11,8 @@ from fxfib.coloring import Floats
 from fxfib.passes.costs import Costs
 from fxfib.passes.curves import Curve
 
-# Nodes that go in one step, as a part of a group's size; and the fewest that stay.
+# Nodes that go in one step, as a part of a group's size.
 STEP = 1 / 256
-FEWEST = 1
 
 
 @dataclass

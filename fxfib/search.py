@@ -158,12 +158,12 @@ class Search:
         self.workshop.step("allocate")
         with torch_threads(self.workshop.threads):
             paths = self.allocation.paths(self._predicted(kind, limit))
-        best, least, aim = paths[0], math.inf, limit
-        for path in paths if len(paths) > 1 else ():
-            self._follow(path)
-            distance, aim = self._judged(kind, limit, aim)
-            if distance < least:
-                best, least = path, distance
+            best, least, aim = paths[0], math.inf, limit
+            for path in paths if len(paths) > 1 else ():
+                self._follow(path)
+                distance, aim = self._judged(kind, limit, aim)
+                if distance < least:
+                    best, least = path, distance
         self._follow(best)
         return self._fitting(kind, limit, aim)
 
@@ -280,10 +280,7 @@ class Search:
         return self._at(high)
 
     def _original(self, kind: str) -> int:
-        graph_module = self.workshop.graph_module
-        if kind == "params":
-            return sum(p.numel() for p in graph_module.parameters())
-        return macs_of(graph_module) // self.batch
+        return self._sizes(self.workshop.graph_module)[kind]
 
     def within_loss(self, increase: float) -> Point:
         """The last point of the path whose measured loss is within the tolerance."""
