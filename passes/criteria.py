@@ -232,25 +232,34 @@ class CalibratedPolicy(EnergyPolicy):
         places = self.places(ref)
         return [p for p in places if not self.outlook.follows(p)] or places
 
+    def nodes(self, ref: Ref) -> Labels:
+        """The nodes of an axis as they are numbered in :meth:`order`."""
+        return self.outlook.nodes(ref, len(self.activations[ref].covariance))
+
     def order(self, ref: Ref) -> tuple[Labels, Floats]:
-        """The nodes in the order in which they go, and the share that is lost then."""
+        """The nodes of all :meth:`places` in the order in which they go, and what is lost then."""
         if ref not in self._orders:
-            known = [self.activations[place] for place in self.telling(ref)]
-            found = eliminate([(a.covariance, a.demand) for a in known])
+            telling = self.telling(ref)
+            known = [self.activations[place] for place in telling]
+            found = eliminate(
+                [(a.covariance, a.demand) for a in known], [self.nodes(place) for place in telling]
+            )
             self._orders |= dict.fromkeys(self.places(ref), found)
         return self._orders[ref]
 
     def lost(self, ref: Ref, form: Form, exact: Factor) -> Floats:
         order, lost = self.order(ref)
-        return lost[~exact.constant[order]]
+        constant = np.zeros(len(order), dtype=bool)
+        constant[self.nodes(ref)] = exact.constant
+        return lost[~constant[order]]
 
     def choose(self, ref: Ref, form: Form, exact: Factor) -> Factor:
         eps = self.eps_at(ref[0])
         if eps == 0 or ref not in self.activations:
             return exact
         order, lost = self.order(ref)
-        gone = np.zeros(len(order), dtype=bool)
-        gone[order[: int(np.searchsorted(lost, eps, side="right"))]] = True
-        gone &= ~exact.constant
+        going = np.zeros(len(order), dtype=bool)
+        going[order[: int(np.searchsorted(lost, eps, side="right"))]] = True
+        gone = going[self.nodes(ref)] & ~exact.constant
         labels = np.where(gone, ZERO, exact.labels)
         return replace(exact, labels=labels, scales=np.where(gone, 1.0, exact.scales))

@@ -56,7 +56,7 @@ class Recorder(EnergyPolicy):
         layers = {path for layer in behind for path in owners(layer)}
         if len(lost) > 1 and layers:
             names = tuple(sorted(layers))
-            self.curves[ref] = Curve(ref, names, len(exact.labels), lost[:-1])
+            self.curves[ref] = Curve(ref, names, len(self.guide.order(ref)[0]), lost[:-1])
         return exact
 
 
@@ -77,8 +77,9 @@ class CountPolicy(EnergyPolicy):
 
     def choose(self, ref: Ref, form: Form, exact: Factor) -> Factor:
         wanted = max((n for r, n in self.gone.items() if self.outlook.tied(r, ref)), default=0)
-        gone = min(wanted, int((~exact.constant).sum()) - 1)
-        eps = between(self.policy.lost(ref, form, exact), gone) if gone > 0 else 0.0
+        lost = self.policy.lost(ref, form, exact) if wanted else np.zeros(0)
+        gone = min(wanted, len(lost) - 1)
+        eps = between(lost, gone) if gone > 0 else 0.0
         for layer in layers_behind(ref[0]):
             for path in owners(layer):
                 self.found[path] = min(self.found.get(path, np.inf), eps)

@@ -14,7 +14,9 @@ from fxfib.errors import InputError
 DAMPING = 1e-4
 
 
-def eliminate(places: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[Labels, Floats]:
+def eliminate(
+    places: Sequence[tuple[torch.Tensor, torch.Tensor]], nodes: Sequence[Labels] | None = None
+) -> tuple[Labels, Floats]:
     r"""Drop one node after another, each time the one whose loss the others make up for best.
 
     Readers compute :math:`C h`; with covariance :math:`G` of the nodes and demand
@@ -28,6 +30,7 @@ def eliminate(places: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[Labe
 
     Args:
         places: covariance and demand, float64 ``[n, n]`` each, of every place.
+        nodes: the numbers of the nodes of every place, from 0, where not every place has all.
 
     Returns:
         int64 ``[n]``, the nodes in the order in which they go, and float64 ``[n]``, the share of
@@ -37,9 +40,16 @@ def eliminate(places: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[Labe
     Raises:
         InputError: a covariance is not finite.
     """
-    damped = torch.stack([positive(covariance) for covariance, _ in places])
-    demand = torch.stack([demand for _, demand in places])
-    count = damped.shape[1]
+    if nodes is None:
+        nodes = [np.arange(len(covariance)) for covariance, _ in places]
+    count = max((int(own.max(initial=-1)) + 1 for own in nodes), default=0)
+    # Nobody reads a node in a place where it is not.
+    damped = torch.eye(count, dtype=torch.float64).repeat(len(places), 1, 1)
+    demand = torch.zeros_like(damped)
+    for place, ((own_covariance, own_demand), own) in enumerate(zip(places, nodes, strict=True)):
+        grid = np.ix_(own, own)
+        damped[place][grid] = positive(own_covariance)
+        demand[place][grid] = own_demand
     # In units of each node's own deviation: the losses are the same, and the numbers are not spread
     # over as many powers of ten as the variances.
     unit = damped.diagonal(dim1=1, dim2=2).sqrt()

@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxfib.coloring import FIRST_FREE, Factor, Floats
+from fxfib.coloring import FIRST_FREE, Factor, Floats, Labels
 from fxfib.passes.criteria import Policy
 from fxfib.passes.forward import Analysis
 from fxfib.passes.plan import make_plan
 from fxfib.passes.relations import Full, Move, Ref, Same, components
 from fxfib.passes.rules import find_rule
 from fxfib.passes.rules.base import is_tensor
+from fxfib.passes.shared_nodes import shared_nodes
 from fxfib.signature import Form
 
 
@@ -70,6 +71,16 @@ class Outlook:
         self._component = components([*relations, *_same_as_groups(self.exact)])
         full = (relation.a for relation in relations if isinstance(relation, Full))
         self._held = {self._component.get(ref, ref) for ref in full}
+        sizes = {
+            self._component.get(ref, ref): int(node.meta["val"].shape[axis])
+            for ref in self.asked
+            for node, axis in [ref]
+            if isinstance(axis, int)
+        }
+        moves = (relation for relation in relations if isinstance(relation, Move))
+        self._shared = shared_nodes(
+            sizes, moves, lambda ref: self._component.get(ref, ref), self._held
+        )
         self._folds = {
             ref: may and plan.layout(*ref).size < plan.layout(*ref).full
             for ref, may in probe.asked.items()
@@ -80,8 +91,20 @@ class Outlook:
         return self._folds.get(ref, False)
 
     def tied(self, ref: Ref, other: Ref) -> bool:
-        """Whether nodes of two axes go together: before and behind a depthwise layer, too."""
-        return self._component.get(ref, ref) == self._component.get(other, other)
+        """Whether nodes of two axes go together.
+
+        So they do before and behind a depthwise layer, too, and where a stream gets new channels.
+        """
+        return self._stands_for(ref) == self._stands_for(other)
+
+    def _stands_for(self, ref: Ref) -> Ref | int:
+        root = self._component.get(ref, ref)
+        return self._shared[root].group if root in self._shared else root
+
+    def nodes(self, ref: Ref, size: int) -> Labels:
+        """The nodes of an axis, ``[size]``, as numbered among those of all that are tied to it."""
+        root = self._component.get(ref, ref)
+        return self._shared[root].nodes if root in self._shared else np.arange(size)
 
     def held(self, ref: Ref) -> bool:
         """Whether none of the nodes may go."""

@@ -107,7 +107,8 @@ def sensitivities(
             order = guide.order(ref)[0][:count]
             for place in places:
                 read = guide.activations[place].read
-                changes.setdefault(read, []).append(told(guide, place, order))
+                gone_here = np.flatnonzero(np.isin(guide.nodes(place), order))
+                changes.setdefault(read, []).append(told(guide, place, gone_here))
             found[ref] = yardstick(Replaced(graph_module, changes).run)
         step("measure", (number + 1) / len(gone))
     return found

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-MODULES = ("accuracy", "accuracy_methods", "accuracy_networks", "residual_networks")
+MODULES = (
+    "accuracy", "accuracy_methods", "accuracy_networks", "accuracy_table", "residual_networks",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +117,44 @@ def test_rows_come_back_and_are_summed_up(accuracy: Any, tmp_path: Path) -> None
     assert line[3:7] == ["2.00", "1.00", "3.00", "0.00"]
     unknown = [{**row, "agreement": ""} for row in read]  # as in rows of before it was measured
     assert accuracy.summary(unknown).splitlines()[1].split()[6] == "-"
+
+
+def a_row(method: str, seed: int, accuracy: float, kind: str = "none", agreement: str = "") -> Any:
+    return {"network": "net", "seed": str(seed), "method": method, "compensation": kind,
+            "target": "0.5", "original": "97.0", "accuracy": str(accuracy),
+            "agreement": agreement}  # fmt: skip
+
+
+def test_the_table_compares_seed_by_seed(bench: dict[str, Any]) -> None:
+    table = bench["accuracy_table"]
+    rows = [
+        a_row("fxfib", 0, 96.0, agreement="98"), a_row("fxfib", 1, 90.0, agreement="92"),
+        a_row("fxfib", 2, 94.0),
+        # Better in the mean of its own seeds, but worse on each of them.
+        a_row("l1", 0, 95.5), a_row("l1", 2, 93.8, agreement="91"),
+        a_row("l2", 1, 80.0),
+        a_row("folding", 3, 99.0),  # no seed in common
+        a_row("l1", 0, 96.9, "images"),
+    ]  # fmt: skip
+    ((cell, standing),) = table.standings(rows)
+    assert cell == ("net", 0.5, "none") and standing.other == "l1"
+    assert standing.ahead == [0.5, 0.2]
+    line = table.text(rows).splitlines()[-1]
+    assert line == (
+        "| 50 % | nothing | 3.00 (1.00 to 7.00) | l1 | 2.35 (1.50 to 3.20) | +0.35 | 3, 2 "
+        "| 98.00 % | 91.00 % |"
+    )
+    assert "1 cells with another method: fxfib is ahead in 1" in table.text(rows)
+
+
+def test_the_table_says_where_we_are_behind(bench: dict[str, Any], tmp_path: Path) -> None:
+    table = bench["accuracy_table"]
+    rows = [a_row("fxfib", 0, 96.0), a_row("l1", 0, 95.0), a_row("l2", 0, 96.2)]
+    page = table.text(rows)
+    assert (
+        "ahead in 0, level in 0, behind in 1 (1 of them" in page and "| l2 | 0.80 | -0.20 |" in page
+    )
+    assert table.main(["--rows", str(tmp_path / "none.csv")]) == 1
 
 
 def test_missing_data_is_said(

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,60 @@ def test_a_stream_loses_the_same_nodes_everywhere() -> None:
         _, small = rewrite(workshop.graph_module, policy)
         assert small.get_parameter("stem.weight").shape == (10 - gone, 7)
         assert small.get_parameter("head.weight").shape == (3, 10 - gone)
+
+
+class Padded(nn.Module):
+    """A stream of six nodes that becomes one of ten: zeros before and behind, then a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(7, 6)
+        self.narrow = nn.Linear(6, 6)
+        self.first, self.second = nn.Linear(6, 9), nn.Linear(9, 10)
+        self.head = nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = (x + self.narrow(x.relu())).relu()
+        x = nn.functional.pad(x, (1, 3)) + self.second(self.first(x).relu())
+        return self.head(x.relu())
+
+
+def test_channels_that_are_padded_are_the_same_channels() -> None:
+    torch.manual_seed(3)
+    workshop = workshop_of(Padded())
+    guide = workshop.guide
+    stream = [ref for ref in guide.activations if len(guide.places(ref)) > 1]
+    sizes = [len(guide.activations[ref].covariance) for ref in stream]
+    assert sorted(sizes) == [6, 6, 10]
+    wide = stream[sizes.index(10)]
+    narrow = stream[sizes.index(6)]
+    assert guide.places(wide) == guide.places(narrow) == stream
+    order = guide.order(wide)[0]
+    assert np.array_equal(order, guide.order(narrow)[0]) and sorted(order) == list(range(10))
+    # What stands first in the narrow part is the second node of the wide one.
+    place = guide.nodes(wide)
+    assert np.array_equal(guide.nodes(narrow), place[1:7])
+    for gone in (1, 3, 6, 9):
+        policy = CountPolicy(workshop.energy, {narrow: gone})
+        _, small = rewrite(workshop.graph_module, policy)
+        left = np.setdiff1d(place, order[:gone])
+        inside = max(1, len(np.intersect1d(left, place[1:7])))
+        assert small.get_parameter("stem.weight").shape == (inside, 7)
+        assert small.get_parameter("head.weight").shape == (3, 10 - gone)
+
+
+def test_a_padded_stream_is_tuned() -> None:
+    torch.manual_seed(4)
+    model = Padded().eval()
+    small = fxfib.tune(model, example_inputs=(X[:2],), params=0.4, calibration=X, progress=False)
+    assert sum(p.numel() for p in small.parameters()) <= 0.4 * sum(
+        p.numel() for p in model.parameters()
+    )
+    # Both parts of the stream give nodes up.
+    assert small.stem.weight.shape[0] < 6 and small.head.weight.shape[1] < 10
+    gap = (small(X) - model(X)).square().mean() / model(X).var()
+    assert gap < 0.2
 
 
 class Depthwise(nn.Module):
