@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from fxfib.passes.batches import length_of, pieces_of
 from fxfib.passes.compensate import Batches
-from fxfib.passes.difference import floating, gap, spreads_of
+from fxfib.passes.difference import Yardstick, floating
 from fxfib.passes.stages import Step, silent
 
 RATE = 1e-3
@@ -66,22 +66,20 @@ def refined(
         A note, where there was nothing to train, or nothing was gained.
     """
     _own(small)
-    trained = [p for p in small.parameters() if p.requires_grad]
+    trained = _trained(small)
     lessons = _Lessons(original, inputs)
     if not trained or not lessons.pieces:
         return ["nothing was refined: no parameter requires a gradient"]
     if not any(lessons.targets):
         return ["nothing was refined: no output is a floating tensor"]
-    judges = _cut(apart)
-    aims = _outputs(original, judges)
-    distance = _Gap(small, spreads_of(aims + lessons.targets), scores)
-    start = distance.mean(judges, aims)
+    judge = Yardstick(original, apart, scores=scores, at_once=BATCH)
+    start = judge(small)
     kept = _copies(trained)
     rate = RATE * min(1.0, math.sqrt(max(start, 0.0) / FAR))
     for attempt in range(ATTEMPTS):
         best = start
-        for _ in _training(trained, lessons, distance, rate / SLOWER**attempt, passes, step):
-            now = distance.mean(judges, aims)
+        for _ in _training(small, lessons, judge, rate / SLOWER**attempt, passes, step):
+            now = judge(small)
             if now < best:
                 best, kept = now, _copies(trained)
         with torch.no_grad():
@@ -90,26 +88,6 @@ def refined(
         if best < start:
             return []
     return ["refining brought nothing nearer to the original: it is undone"]
-
-
-class _Gap:
-    """How far the small network is from the original; see :func:`gap`.
-
-    Args:
-        spread: of every output.
-    """
-
-    def __init__(self, small: fx.GraphModule, spread: Sequence[float], scores: bool) -> None:
-        self.small, self.spread, self.scores = small, spread, scores
-
-    def __call__(self, piece: Sequence[Any], wanted: Sequence[torch.Tensor]) -> torch.Tensor:
-        return gap(self.small(*piece), wanted, self.spread, scores=self.scores)
-
-    def mean(self, pieces: Pieces, wanted: Sequence[Sequence[torch.Tensor]]) -> float:
-        """Over all pieces."""
-        with torch.no_grad():
-            total = sum(float(self(*pair)) for pair in zip(pieces, wanted, strict=True))
-        return total / len(pieces)
 
 
 class _Lessons:
@@ -150,14 +128,15 @@ class _Lessons:
 
 
 def _training(
-    trained: Sequence[nn.Parameter],
+    small: fx.GraphModule,
     lessons: _Lessons,
-    distance: _Gap,
+    judge: Yardstick,
     rate: float,
     passes: int,
     step: Step,
 ) -> Iterator[None]:
     """One attempt, from the network as it is; it stops behind every pass."""
+    trained = _trained(small)
     # A step of Adam is less than what half precision can tell apart.
     wide = [p if p.dtype.itemsize > 2 else nn.Parameter(p.detach().float()) for p in trained]
     optimizer = torch.optim.Adam(wide, rate, fused=_fusible(wide))
@@ -168,7 +147,7 @@ def _training(
     for number in range(passes):
         for piece, wanted in lessons.of(number, generator):
             with torch.enable_grad():
-                loss = distance(piece, wanted)
+                loss = judge.gap(small(*piece), wanted)
             gradients = torch.autograd.grad(loss, trained, allow_unused=True)
             with torch.no_grad():
                 for own, gradient in zip(wide, gradients, strict=True):
@@ -182,6 +161,10 @@ def _training(
             seen += 1
             step("refine", seen / total)
         yield
+
+
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
 
 
 def _fusible(parameters: Sequence[nn.Parameter]) -> bool:

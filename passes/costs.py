@@ -11,7 +11,7 @@ from fxfib.macs import macs_by_node
 from fxfib.passes.curves import Curve
 from fxfib.passes.forward import Analysis
 from fxfib.passes.plan import Plan
-from fxfib.passes.relations import Move, Ref, Same
+from fxfib.passes.relations import Move, Ref, Same, components
 
 
 class Costs:
@@ -107,21 +107,14 @@ class _Products:
 
 def _tied(analysis: Analysis, held: Container[Ref]) -> Callable[[Ref], Ref]:
     """Finds, for an axis, one that stands for all that share its layout or are moved from it."""
-    parent: dict[Ref, Ref] = {}
-
-    def find(ref: Ref) -> Ref:
-        while parent.setdefault(ref, ref) != ref:
-            parent[ref] = parent[parent[ref]]
-            ref = parent[ref]
-        return ref
-
-    for relation in analysis.relations:
-        if isinstance(relation, Same):
-            parent[find(relation.b)] = find(relation.a)
-        elif isinstance(relation, Move):
-            for out, ref in _moved(analysis, relation, held):
-                parent[find(ref)] = find(out)
-    return find
+    moved = (
+        Same(out, ref)
+        for move in analysis.relations
+        if isinstance(move, Move)
+        for out, ref in _moved(analysis, move, held)
+    )
+    found = components([*analysis.relations, *moved])
+    return lambda ref: found.get(ref, ref)
 
 
 def _moved(analysis: Analysis, move: Move, held: Container[Ref]) -> Iterator[tuple[Ref, Ref]]:

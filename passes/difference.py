@@ -55,6 +55,7 @@ class Yardstick:
         original: called with flat inputs.
         batches: these inputs.
         scores: see :func:`difference`.
+        at_once: how many examples are run at a time.
     """
 
     def __init__(
@@ -63,9 +64,10 @@ class Yardstick:
         batches: Sequence[Sequence[Any]],
         *,
         scores: bool = True,
+        at_once: int = BATCH,
     ) -> None:
         self.scores = scores
-        self.pieces = [piece for batch in batches for piece in pieces_of(batch, BATCH)]
+        self.pieces = [piece for batch in batches for piece in pieces_of(batch, at_once)]
         with torch.no_grad():
             self.wanted = [floating(original(*piece)) for piece in self.pieces]
         self.spread = spreads_of(self.wanted)
@@ -75,8 +77,12 @@ class Yardstick:
         total = 0.0
         with torch.no_grad():
             for piece, wanted in zip(self.pieces, self.wanted, strict=True):
-                total += float(gap(network(*piece), wanted, self.spread, scores=self.scores))
+                total += float(self.gap(network(*piece), wanted))
         return total / len(self.pieces)
+
+    def gap(self, found: object, wanted: Sequence[torch.Tensor]) -> torch.Tensor:
+        """:func:`gap` on the scale of these inputs."""
+        return gap(found, wanted, self.spread, scores=self.scores)
 
 
 def has_scores(output: torch.Tensor) -> bool:
