@@ -25,7 +25,8 @@ from fxfib.workshop import Workshop
 
 # Powers of the groups' weights: 0 counts the shares of all groups alike; 1 says that outputs move
 # by the sum of what single groups move them, as if later layers mended nothing.  All are tried
-# where inputs are like data; noise cannot judge, so the middle is taken.
+# where inputs are given; what was made, noise or as batch norms remember it, misjudges networks
+# that were fitted to more of the same, so the middle is taken.
 POWERS = (0.0, 0.5, 1.0)
 MIDDLE = (0.5,)
 # The share at which a group is weighed, at least: what is lost below it is next to rounding.
@@ -60,7 +61,7 @@ class Allocation:
         """
         weights = self.weights(place)
         found: list[Path] = []
-        for power in POWERS if self.workshop.like_data else MIDDLE:
+        for power in MIDDLE if self.workshop.calibration is None else POWERS:
             path = marginal_path(self.curves, self.costs, self.kind, weights**power)
             if all(path.gone != other.gone for other in found):
                 found.append(path)

@@ -56,7 +56,7 @@ def tune(
     when that group alone loses it.  Later layers mend a part of what earlier ones lose, so that
     this factor counts whole, by its square root or not at all: of three networks as small, each
     fitted, the one is gone on from that is nearest to the original on inputs kept apart (where
-    there are none but noise, the root is taken).  Along its path the target is found by making
+    none are given, the root is taken).  Along its path the target is found by making
     networks (sizes and latencies) and evaluating them (losses), each where the ones before say that
     the limit is.  Of small models all is done in one thread.
     ``"bisection"``, as published: layer by layer, in order, the largest eps whose measured loss

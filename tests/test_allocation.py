@@ -235,9 +235,15 @@ def test_every_way_is_as_small_and_the_nearest_is_taken() -> None:
     )
 
 
-def test_noise_does_not_judge() -> None:
+@pytest.mark.parametrize("norm", [False, True])
+def test_inputs_that_were_made_do_not_judge(norm: bool) -> None:
     torch.manual_seed(5)
-    allocation = Allocation(workshop_of(Branches(0.1), None), "params", 2)
+    # With batch norm inputs are made to be like data; good to fit on, but not to judge by.
+    model = nn.Sequential(nn.BatchNorm1d(7) if norm else nn.Identity(), Branches(0.1))
+    model(X + 1)
+    workshop = workshop_of(model, None)
+    assert workshop.like_data is norm
+    allocation = Allocation(workshop, "params", 2)
     assert len(allocation.paths(len(allocation.even) // 2)) == 1
 
 
