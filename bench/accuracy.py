@@ -26,6 +26,8 @@ trained; it shrinks neither the LSTM nor the transformer.
 Where networks are hardly smaller, accuracy tells no method from another: on 10,000 images it comes
 out 0.05 to 0.1 points higher or lower by chance.  `agreement` is finer: how many answers are those
 of the original, in percent, right or wrong.
+
+`--plot` draws the pictures and writes the page of `accuracy_table.py` beside the CSV.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ from typing import Any
 import torch
 from accuracy_methods import OTHERS, PRUNERS, count, made
 from accuracy_networks import CASES, agreement, macs, trained
+from accuracy_table import text
 from tables import read, write
 from tqdm import tqdm
 
@@ -140,11 +143,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, default=Path("bench/cache"))
     parser.add_argument("--output", type=Path, default=Path("bench/results/accuracy.csv"))
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many")
-    parser.add_argument("--plot", action="store_true", help="only draw, from the CSV")
+    parser.add_argument("--plot", action="store_true", help="only draw and tabulate the CSV")
     options = parser.parse_args(arguments)
     rows = read(options.output)
     if options.plot:
         plot(rows, options.output.parent)
+        page = options.output.with_suffix(".md")
+        page.write_text(text(rows), encoding="utf-8")
         return 0
     case = CASES[options.network]
     try:

@@ -76,6 +76,8 @@ class CountPolicy(EnergyPolicy):
         self.found: dict[str, float] = {}
 
     def choose(self, ref: Ref, form: Form, exact: Factor) -> Factor:
+        if exact.constant.all():
+            return exact  # nothing is left to choose, nor to say of the layers behind
         wanted = max((n for r, n in self.gone.items() if self.outlook.tied(r, ref)), default=0)
         lost = self.policy.lost(ref, form, exact) if wanted else np.zeros(0)
         gone = min(wanted, len(lost) - 1)

@@ -111,6 +111,61 @@ def test_channels_that_are_padded_are_the_same_channels() -> None:
         assert small.get_parameter("head.weight").shape == (3, 10 - gone)
 
 
+class Cropped(nn.Module):
+    """Twelve nodes, read one by one, of which seven are read again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv1d(4, 12, 1)
+        self.alone = nn.Conv1d(12, 12, 3, groups=12)
+        self.then = nn.Conv1d(7, 7, 1, groups=7)
+        self.last = nn.Conv1d(7, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.alone(self.first(x).relu()).relu()[:, 2:9]
+        return self.last(self.then(x).relu()).sum(2)
+
+
+def test_nodes_that_nobody_reads_go_first() -> None:
+    torch.manual_seed(9)
+    x = torch.randn(60, 4, 6)
+    workshop = Workshop(Cropped().eval(), (x[:2],), criterion="energy", calibration=x)
+    guide = workshop.guide
+    wide = next(ref for ref in guide.activations if len(guide.nodes(ref)) == 12)
+    narrow = next(ref for ref in guide.activations if len(guide.nodes(ref)) == 7)
+    assert len(guide.places(wide)) == 3 and narrow in guide.places(wide)
+    order, lost = guide.order(wide)
+    assert len(order) == 12
+    assert set(order[:5]) == set(range(12)) - set(guide.nodes(narrow))
+    assert lost[4] < 1e-9 < lost[5]
+    _, small = rewrite(workshop.graph_module, CountPolicy(workshop.energy, {wide: 8}))
+    assert small.get_parameter("first.weight").shape == (4, 4, 1)
+
+
+def test_a_path_ends_small_where_one_layer_takes_all_others_along() -> None:
+    class Halves(nn.Module):
+        """Where one of six nodes is left, a product of halves is zero, and so is all behind it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(7, 6), nn.Linear(3, 3)
+            self.last = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = nn.functional.glu(self.first(x), 1)
+            return self.last((x + self.second(x.relu())).relu())
+
+    torch.manual_seed(10)
+    workshop = workshop_of(Halves())
+    allocation = Allocation(workshop, "params", 2)
+    refs = [curve.ref for curve in allocation.even.curves]
+    sizes = []
+    for gone in (allocation.even.gone[0], allocation.even.gone[-1]):
+        _, small = workshop.rewritten(workshop.eps_for(dict(zip(refs, gone, strict=True))))
+        sizes.append(sum(p.numel() for p in small.parameters()))
+    assert sizes[1] < 0.5 * sizes[0]
+
+
 def test_a_padded_stream_is_tuned() -> None:
     torch.manual_seed(4)
     model = Padded().eval()
