@@ -11,6 +11,7 @@ from torch import fx
 from fxfib.coloring import Factor, Floats
 from fxfib.passes.criteria import CalibratedPolicy, EnergyPolicy, layers_behind, owners
 from fxfib.passes.forward import Analysis
+from fxfib.passes.groups import coloring_of
 from fxfib.passes.relations import Ref
 from fxfib.signature import Form
 
@@ -80,7 +81,10 @@ class CountPolicy(EnergyPolicy):
             return exact  # nothing is left to choose, nor to say of the layers behind
         wanted = max((n for r, n in self.gone.items() if self.outlook.tied(r, ref)), default=0)
         lost = self.policy.lost(ref, form, exact) if wanted else np.zeros(0)
-        gone = min(wanted, len(lost) - 1)
+        # Behind a depthwise layer those that went before it are constants, and have gone already.
+        before = coloring_of(self.outlook.exact, ref)
+        already = 0 if before is None else int((exact.constant & ~before.constant).sum())
+        gone = min(wanted - already, len(lost) - 1)
         eps = between(lost, gone) if gone > 0 else 0.0
         for layer in layers_behind(ref[0]):
             for path in owners(layer):

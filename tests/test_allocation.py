@@ -138,8 +138,8 @@ def test_nodes_that_nobody_reads_go_first() -> None:
     assert len(order) == 12
     assert set(order[:5]) == set(range(12)) - set(guide.nodes(narrow))
     assert lost[4] < 1e-9 < lost[5]
-    _, small = rewrite(workshop.graph_module, CountPolicy(workshop.energy, {wide: 8}))
-    assert small.get_parameter("first.weight").shape == (4, 4, 1)
+    _, small = rewrite(workshop.graph_module, CountPolicy(workshop.energy, {wide: 6}))
+    assert small.get_parameter("first.weight").shape == (6, 4, 1)
 
 
 def test_a_path_ends_small_where_one_layer_takes_all_others_along() -> None:
@@ -204,9 +204,13 @@ def test_before_and_behind_a_depthwise_layer_the_same_nodes_go() -> None:
     assert guide.order(before)[0].tolist() == guide.order(behind)[0].tolist() == order.tolist()
     for gone in (1, 5):
         policy = CountPolicy(workshop.energy, {before: gone})
-        _, small = rewrite(workshop.graph_module, policy)
+        rewriter, small = rewrite(workshop.graph_module, policy)
         assert small.get_parameter("first.weight").shape == (9 - gone, 4, 1)
         assert small.get_parameter("alone.weight").shape == (9 - gone, 1, 3)
+        # And no others go behind the layer, in place of those that are constant there.
+        for node, axis in (before, behind):
+            constant = rewriter.analysis.value(node).factor(axis).constant
+            assert np.array_equal(np.flatnonzero(constant), np.sort(order[:gone]))
 
 
 def test_two_nodes_behind_each_of_a_grouped_layer_are_chosen_apart() -> None:
