@@ -230,7 +230,9 @@ class CalibratedPolicy(EnergyPolicy):
     def telling(self, ref: Ref) -> list[Ref]:
         """Those of the :meth:`places` where it shows which nodes are missed."""
         places = self.places(ref)
-        return [p for p in places if not self.outlook.follows(p)] or places
+        found = [place for place in places if not self.outlook.follows(place)]
+        own, told = ({n for p in some for n in self.nodes(p).tolist()} for some in (places, found))
+        return found if own == told else places
 
     def nodes(self, ref: Ref) -> Labels:
         """The nodes of an axis as they are numbered in :meth:`order`."""

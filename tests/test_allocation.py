@@ -213,6 +213,31 @@ def test_before_and_behind_a_depthwise_layer_the_same_nodes_go() -> None:
             assert np.array_equal(np.flatnonzero(constant), np.sort(order[:gone]))
 
 
+def test_where_only_followers_have_a_node_they_tell() -> None:
+    class Gated(nn.Module):
+        """A stream that gets two channels, all of which are read one by one, behind a gate."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.then = nn.Conv1d(3, 4, 1), nn.Conv1d(4, 6, 1)
+            self.alone, self.last = nn.Conv1d(6, 6, 3, groups=6), nn.Conv1d(6, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            x = nn.functional.pad(x, (0, 0, 1, 1)) + self.then(x.relu())
+            x = nn.functional.glu(torch.cat([x, (-x).relu()], 1), 1)
+            return self.last(self.alone(x).relu()).sum(2)
+
+    torch.manual_seed(11)
+    x = torch.randn(50, 3, 6)
+    workshop = Workshop(Gated().eval(), (x[:2],), criterion="energy", calibration=x)
+    guide = workshop.guide
+    narrow, wide = [ref for ref in guide.activations if len(guide.places(ref)) == 2]
+    assert workshop.outlook.follows(wide) and not workshop.outlook.follows(narrow)
+    assert guide.telling(narrow) == [narrow, wide] and len(guide.order(narrow)[0]) == 6
+    assert rewrite(workshop.graph_module, workshop.energy.at(0.5))[1](x)[0].shape == (50, 2)
+
+
 def test_two_nodes_behind_each_of_a_grouped_layer_are_chosen_apart() -> None:
     torch.manual_seed(7)
     x = torch.randn(50, 4, 6)
