@@ -29,12 +29,14 @@ class Activation:
         mean: float64 ``[n]``, of the nodes there.
         covariance: float64 ``[n, n]``.
         demand: float64 ``[n, n]``, products of the columns that read them.
+        alone: float64 ``[n]``, how strongly each is read where no other node makes up for it.
     """
 
     read: fx.Node
     mean: torch.Tensor
     covariance: torch.Tensor
     demand: torch.Tensor
+    alone: torch.Tensor
 
 
 def as_read(analysis: Analysis, node: fx.Node, axis: int) -> fx.Node:
@@ -95,7 +97,7 @@ def activations_of(
             first[ref] / count[ref],
             second[ref] / count[ref]
             - torch.outer(first[ref] / count[ref], first[ref] / count[ref]),
-            _demand(outlook, ref, len(first[ref])),
+            *_demand(outlook, ref, len(first[ref])),
         )
         for ref in places
     }
@@ -117,10 +119,15 @@ def _rows(analysis: Analysis, ref: Ref, value: Any, examples: int, seen: int) ->
     return flat[:, chosen].flatten(0, 1)
 
 
-def _demand(outlook: Outlook, ref: Ref, size: int) -> torch.Tensor:
-    """Products of the columns that read the nodes; other readers read each by itself."""
-    total = torch.eye(size, dtype=torch.float64) * outlook.plain.get(ref, 0.0)
+def _demand(outlook: Outlook, ref: Ref, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Products of the columns that read the nodes, and how strongly each is read by itself."""
+    total = torch.zeros(size, size, dtype=torch.float64)
     for columns in outlook.columns(ref):
         wide = columns.to(torch.float64)
         total += wide.t() @ wide
-    return total
+    alone = torch.full((size,), outlook.plain.get(ref, 0.0), dtype=torch.float64)
+    if isinstance(ref[1], str):
+        # What a recurrent layer loses comes back at every step, in the very nodes from which its
+        # readers were to make up for it.
+        return torch.zeros_like(total), alone + total.diagonal()
+    return total, alone

@@ -16,7 +16,7 @@ from torch import fx
 
 from fxfib.coloring import FIRST_FREE, ZERO, Factor, Floats, Labels, first_appearance
 from fxfib.errors import InputError
-from fxfib.passes.elimination import eliminate
+from fxfib.passes.elimination import Place, eliminate
 from fxfib.passes.relations import Ref
 from fxfib.passes.rules import find_rule
 from fxfib.passes.rules.base import Rule
@@ -242,10 +242,8 @@ class CalibratedPolicy(EnergyPolicy):
         """The nodes of all :meth:`places` in the order in which they go, and what is lost then."""
         if ref not in self._orders:
             telling = self.telling(ref)
-            known = [self.activations[place] for place in telling]
-            found = eliminate(
-                [(a.covariance, a.demand) for a in known], [self.nodes(place) for place in telling]
-            )
+            known = [(self.activations[place], self.nodes(place)) for place in telling]
+            found = eliminate([Place(a.covariance, a.demand, a.alone, n) for a, n in known])
             self._orders |= dict.fromkeys(self.places(ref), found)
         return self._orders[ref]
 

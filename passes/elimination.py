@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,9 +15,24 @@ from fxfib.errors import InputError
 DAMPING = 1e-4
 
 
-def eliminate(
-    places: Sequence[tuple[torch.Tensor, torch.Tensor]], nodes: Sequence[Labels] | None = None
-) -> tuple[Labels, Floats]:
+class Place(NamedTuple):
+    """What is known of the nodes of one value.
+
+    Attributes:
+        covariance: float64 ``[n, n]``.
+        demand: float64 ``[n, n]``, products of the columns of linear readers.
+        alone: float64 ``[n]``, how strongly every node is read by readers that cannot make up for
+            it, as they are not linear; None: there is none.
+        nodes: their numbers among those of all places, from 0; None: as they stand.
+    """
+
+    covariance: torch.Tensor
+    demand: torch.Tensor
+    alone: torch.Tensor | None = None
+    nodes: Labels | None = None
+
+
+def eliminate(places: Sequence[Place]) -> tuple[Labels, Floats]:
     r"""Drop one node after another, each time the one whose loss the others make up for best.
 
     Readers compute :math:`C h`; with covariance :math:`G` of the nodes and demand
@@ -25,12 +41,13 @@ def eliminate(
     .. math:: Q_{jj} / (G^{-1})_{jj}
 
     of the readers' variance.  After each step the columns are the refitted ones, and the inverse is
-    that of the nodes that are left.  Nodes that go together in several places (the channels of a
-    residual stream) lose the mean of the shares of all places.
+    that of the nodes that are left.  No other node makes up for what a reader loses that is not
+    linear (a product of queries with keys): of it :math:`a_j G_{jj}` is lost.  Nodes that go
+    together in several places (the channels of a residual stream) lose the mean of the shares of
+    all places.
 
     Args:
-        places: covariance and demand, float64 ``[n, n]`` each, of every place.
-        nodes: the numbers of the nodes of every place, from 0, where not every place has all.
+        places: where the nodes are read.
 
     Returns:
         int64 ``[n]``, the nodes in the order in which they go, and float64 ``[n]``, the share of
@@ -40,24 +57,28 @@ def eliminate(
     Raises:
         InputError: a covariance is not finite.
     """
-    if nodes is None:
-        nodes = [np.arange(len(covariance)) for covariance, _ in places]
+    nodes = [np.arange(len(p.covariance)) if p.nodes is None else p.nodes for p in places]
     count = max((int(own.max(initial=-1)) + 1 for own in nodes), default=0)
     # Nobody reads a node in a place where it is not.
     damped = torch.eye(count, dtype=torch.float64).repeat(len(places), 1, 1)
     demand = torch.zeros_like(damped)
-    for place, ((own_covariance, own_demand), own) in enumerate(zip(places, nodes, strict=True)):
+    alone = torch.zeros(len(places), count, dtype=torch.float64)
+    for number, (place, own) in enumerate(zip(places, nodes, strict=True)):
         grid = np.ix_(own, own)
-        damped[place][grid] = positive(own_covariance)
-        demand[place][grid] = own_demand
+        damped[number][grid] = positive(place.covariance)
+        demand[number][grid] = place.demand
+        if place.alone is not None:
+            alone[number, own] = place.alone * damped[number].diagonal()[own]
     # In units of each node's own deviation: the losses are the same, and the numbers are not spread
     # over as many powers of ten as the variances.
     unit = damped.diagonal(dim1=1, dim2=2).sqrt()
     units = unit[:, :, None] * unit[:, None]
     damped = damped / units
     demand = demand * units
-    whole = (demand * damped).sum((1, 2))
-    demand = demand / (len(places) * whole.clamp(min=1e-300))[:, None, None]
+    whole = (demand * damped).sum((1, 2)) + alone.sum(1)
+    part_of_all = 1 / (len(places) * whole.clamp(min=1e-300))
+    demand = demand * part_of_all[:, None, None]
+    lost_alone = part_of_all @ alone
     alive = torch.arange(count)
     order, lost = [], []
     total = 0.0
@@ -74,7 +95,7 @@ def eliminate(
             # Of a matrix with ones on its diagonal (G^-1)_jj is at least 1.
             pivots = inverse.diagonal(dim1=1, dim2=2).clamp(min=1.0)
             scores = wanted.diagonal(dim1=1, dim2=2).clamp(min=0.0) / pivots
-            score = torch.where(gone, torch.inf, scores.sum(0))
+            score = torch.where(gone, torch.inf, scores.sum(0) + lost_alone[alive])
             node = int(score.argmin())
             total += float(score[node])
             order.append(int(alive[node]))

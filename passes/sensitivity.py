@@ -60,6 +60,8 @@ def told(guide: CalibratedPolicy, place: Ref, gone: np.ndarray) -> Told:
     damped = positive(known.covariance)
     within = torch.linalg.cholesky(damped[kept[:, None], kept])
     columns = torch.cholesky_solve(damped[kept[:, None], chosen], within)
+    if not torch.count_nonzero(known.demand):
+        columns = torch.zeros_like(columns)  # there is no linear reader to be fitted
     return Told(axis, chosen, kept, columns, known.mean[chosen] - known.mean[kept] @ columns)
 
 

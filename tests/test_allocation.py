@@ -11,7 +11,7 @@ import fxfib
 from fxfib.allocation import POWERS, Allocation, some
 from fxfib.passes.curves import CountPolicy
 from fxfib.passes.difference import Yardstick
-from fxfib.passes.elimination import eliminate
+from fxfib.passes.elimination import Place, eliminate
 from fxfib.passes.sensitivity import sensitivities
 from fxfib.workshop import Workshop, rewrite
 
@@ -200,7 +200,7 @@ def test_before_and_behind_a_depthwise_layer_the_same_nodes_go() -> None:
     before, behind = [r for r in guide.activations if len(guide.order(r)[0]) == 9]
     assert guide.places(before) == [before, behind] and guide.telling(before) == [behind]
     alone = guide.activations[behind]
-    order, _ = eliminate([(alone.covariance, alone.demand)])
+    order, _ = eliminate([Place(alone.covariance, alone.demand)])
     assert guide.order(before)[0].tolist() == guide.order(behind)[0].tolist() == order.tolist()
     for gone in (1, 5):
         policy = CountPolicy(workshop.energy, {before: gone})
