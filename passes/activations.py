@@ -30,6 +30,7 @@ class Activation:
         covariance: float64 ``[n, n]``.
         demand: float64 ``[n, n]``, products of the columns that read them.
         alone: float64 ``[n]``, how strongly each is read where no other node makes up for it.
+        twins: whether a twin does, there.
     """
 
     read: fx.Node
@@ -37,6 +38,7 @@ class Activation:
     covariance: torch.Tensor
     demand: torch.Tensor
     alone: torch.Tensor
+    twins: bool
 
 
 def as_read(analysis: Analysis, node: fx.Node, axis: int) -> fx.Node:
@@ -98,6 +100,7 @@ def activations_of(
             second[ref] / count[ref]
             - torch.outer(first[ref] / count[ref], first[ref] / count[ref]),
             *_demand(outlook, ref, len(first[ref])),
+            isinstance(ref[1], str),
         )
         for ref in places
     }
@@ -128,6 +131,6 @@ def _demand(outlook: Outlook, ref: Ref, size: int) -> tuple[torch.Tensor, torch.
     alone = torch.full((size,), outlook.plain.get(ref, 0.0), dtype=torch.float64)
     if isinstance(ref[1], str):
         # What a recurrent layer loses comes back at every step, in the very nodes from which its
-        # readers were to make up for it.
+        # readers were to make up for it.  Only twins go the same way.
         return torch.zeros_like(total), alone + total.diagonal()
     return total, alone
