@@ -70,17 +70,14 @@ class Outlook:
         relations = self.exact.relations
         self._component = components([*relations, *_same_as_groups(self.exact)])
         full = (relation.a for relation in relations if isinstance(relation, Full))
-        self._held = {self._component.get(ref, ref) for ref in full}
+        self._held = {self._root(ref) for ref in full}
         sizes = {
-            self._component.get(ref, ref): int(node.meta["val"].shape[axis])
-            for ref in self.asked
-            for node, axis in [ref]
+            self._root((node, axis)): int(node.meta["val"].shape[axis])
+            for node, axis in self.asked
             if isinstance(axis, int)
         }
         moves = (relation for relation in relations if isinstance(relation, Move))
-        self._shared = shared_nodes(
-            sizes, moves, lambda ref: self._component.get(ref, ref), self._held
-        )
+        self._shared = shared_nodes(sizes, moves, self._root, self._held)
         self._folds = {
             ref: may and plan.layout(*ref).size < plan.layout(*ref).full
             for ref, may in probe.asked.items()
@@ -97,18 +94,22 @@ class Outlook:
         """
         return self._stands_for(ref) == self._stands_for(other)
 
+    def _root(self, ref: Ref) -> Ref:
+        """An axis that stands for all with the same layout."""
+        return self._component.get(ref, ref)
+
     def _stands_for(self, ref: Ref) -> Ref | int:
-        root = self._component.get(ref, ref)
+        root = self._root(ref)
         return self._shared[root].group if root in self._shared else root
 
     def nodes(self, ref: Ref, size: int) -> Labels:
         """The nodes of an axis, ``[size]``, as numbered among those of all that are tied to it."""
-        root = self._component.get(ref, ref)
+        root = self._root(ref)
         return self._shared[root].nodes if root in self._shared else np.arange(size)
 
     def held(self, ref: Ref) -> bool:
         """Whether none of the nodes may go."""
-        return self._component.get(ref, ref) in self._held
+        return self._root(ref) in self._held
 
     def follows(self, ref: Ref) -> bool:
         """Whether nodes are read one by one, as in a depthwise convolution.

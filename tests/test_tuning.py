@@ -322,8 +322,6 @@ def test_latency_by_a_real_clock(runtime: str) -> None:
     small = fxfib.tune(model.eval(), example_inputs=given, latency=0.6, runtime=runtime)
     (chosen,) = [p for p in small.fibration.frontier if p.chosen]
     assert chosen.latency is not None and chosen.latency <= 0.6
-    # On a machine that does much else a clock may find the original fast enough.
-    assert small.fibration.macs_after <= small.fibration.macs_before
     assert runtime in small.fibration.notes[0]
 
 
