@@ -54,7 +54,7 @@ COLUMNS = (
 )  # fmt: skip
 # Part of a group's nodes that one move gives back or takes, at most.
 MOVE = 0.1
-VALIDATION = 1000
+VALIDATION = 5000
 # Images that judge in the end.
 UNSEEN = 5000
 
@@ -112,14 +112,7 @@ class Longer:
         self.search, self.best, self.limit = search, best, limit
         self.curves: list[Curve] = list(search.path.curves)
         self.generator = np.random.default_rng(0)
-        refs = [curve.ref for curve in self.curves]
-        self.gone = next(
-            np.array(gone)
-            for path in (search.path, search.allocation.even)
-            for gone, lost in zip(path.gone, path.lost, strict=True)
-            if lost == best.predicted
-            and search.workshop.eps_for(dict(zip(refs, gone, strict=True))) == best.eps
-        )
+        self.gone = np.array(search.gone)
         self.most = np.array([len(curve.lost) for curve in self.curves])
         self.fixed = np.array(search.path.gone[-1]) == 0
 

@@ -51,7 +51,11 @@ class Allocation:
         self.macs = macs_of(workshop.graph_module) / batch
         self.curves = curves_of(workshop.graph_module, workshop.guide)
         self.costs = Costs(make_plan(workshop.exact), self.curves, batch)
-        self.even = marginal_path(self.curves, self.costs, kind)
+        self.even = self.path(np.ones(len(self.curves)))
+
+    def path(self, weights: Floats) -> Path:
+        """The way on which the loss of every group counts so much."""
+        return marginal_path(self.curves, self.costs, self.kind, weights)
 
     def paths(self, place: int) -> list[Path]:
         """The ways that are worth trying.
@@ -62,7 +66,7 @@ class Allocation:
         weights = self.weights(place)
         found: list[Path] = []
         for power in MIDDLE if self.workshop.calibration is None else POWERS:
-            path = marginal_path(self.curves, self.costs, self.kind, weights**power)
+            path = self.path(weights**power)
             if all(path.gone != other.gone for other in found):
                 found.append(path)
         return found

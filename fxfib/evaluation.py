@@ -31,6 +31,7 @@ class Evaluator:
 
     Attributes:
         original: loss of the original (0 without a loss function).
+        examples: how many there are.
 
     Raises:
         InputError: data that can be read only once, is empty, or does not fit the model; a loss
@@ -52,6 +53,7 @@ class Evaluator:
         self.data = data
         self.loss_fn = loss_fn
         self.step = step
+        self.examples = 0
         self.original = self.loss(captured.graph_module)
         if not math.isfinite(self.original):
             raise InputError(f"the original's own loss on data is {self.original}.")
@@ -88,6 +90,7 @@ class Evaluator:
                 self.step("evaluate", (number + 1) / batches if batches else None)
         if not count:
             raise InputError("data holds no batches.")
+        self.examples = count
         if self.loss_fn is not None:
             return total / count
         gap, square, mean = (moments / count).tolist()

@@ -24,9 +24,11 @@ class Path:
         gone: for every point, how many nodes of each group have gone.
         parameters, macs: predicted sizes.
         lost: predicted loss: shares of energy, weighed and summed over groups.
+        weights: how much the loss of a group counts.
     """
 
     curves: Sequence[Curve]
+    weights: Floats
     gone: list[tuple[int, ...]] = field(default_factory=list)
     parameters: list[float] = field(default_factory=list)
     macs: list[float] = field(default_factory=list)
@@ -43,6 +45,16 @@ class Path:
         """Predicted loss of a point."""
         return self.lost[place]
 
+    def loss(self, gone: Sequence[int]) -> float:
+        """Predicted loss of a network off the path, for the nodes gone of every group."""
+        groups = zip(self.weights, self.curves, gone, strict=True)
+        return float(sum(w * c.lost[g - 1] for w, c, g in groups if g))
+
+    def first(self, kind: str, limit: float) -> int:
+        """The first point whose predicted size is small enough; else the last."""
+        sizes = self.predicted_sizes(kind)
+        return next((p for p, size in enumerate(sizes) if size <= limit), len(self) - 1)
+
 
 def marginal_path(
     curves: Sequence[Curve], costs: Costs, kind: str, weights: Floats | None = None
@@ -55,12 +67,11 @@ def marginal_path(
         kind: ``"params"`` or ``"macs"``.
         weights: how much the loss of a group counts; None: all the same.
     """
-    path = Path(curves)
+    counted = np.ones(len(curves)) if weights is None else weights
+    path = Path(curves, counted)
     gone = np.zeros(len(curves), dtype=np.int64)
     steps = np.array([max(1, round(c.size * STEP)) for c in curves])
     most = np.array([0 if f else len(c.lost) for c, f in zip(curves, costs.fixed, strict=True)])
-
-    counted = np.ones(len(curves)) if weights is None else weights
 
     def lost(group: int, count: int) -> float:
         return float(counted[group] * curves[group].lost[count - 1]) if count else 0.0
@@ -70,7 +81,7 @@ def marginal_path(
         path.gone.append(tuple(int(g) for g in gone))
         path.parameters.append(costs.parameters(left))
         path.macs.append(costs.macs(left))
-        path.lost.append(sum(lost(g, int(gone[g])) for g in range(len(curves))))
+        path.lost.append(path.loss(path.gone[-1]))
         slope = costs.slope(left, kind)
         best, price = -1, np.inf
         for group in range(len(curves)):

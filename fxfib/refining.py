@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -24,6 +24,8 @@ ATTEMPTS, SLOWER = 2, 3.0
 # Passes over the inputs where nobody asked for a number.
 PASSES = 10
 BATCH = 32
+# Batches of which the original's outputs are asked for at a time.
+TOGETHER = 4
 # One example in so many is not learned from: it judges.
 APART = 8
 # Devices on which Adam has a fused form.
@@ -90,6 +92,18 @@ def refined(
     return ["refining brought nothing nearer to the original: it is undone"]
 
 
+class _Mixture(NamedTuple):
+    """Examples, some of them mixed with others.
+
+    Attributes:
+        inputs: flat.
+        mixed: bool ``[n]``, which ones.
+    """
+
+    inputs: list[torch.Tensor]
+    mixed: torch.Tensor
+
+
 class _Lessons:
     """What is learned in every pass.
 
@@ -119,12 +133,34 @@ class _Lessons:
         again = given is self.batches
         if not again:
             self._take(given)
-        for place in torch.randperm(len(self.pieces), generator=generator).tolist():
-            piece, wanted = self.pieces[place], self.targets[place]
-            if again and self.mixable[place]:
-                piece = _mixed(piece, generator)
-                (wanted,) = _outputs(self.original, [piece])
-            yield piece, wanted
+        for places in torch.randperm(len(self.pieces), generator=generator).split(TOGETHER):
+            pieces = {place: self.pieces[place] for place in places.tolist()}
+            wanted = {place: self.targets[place] for place in pieces}
+            mixtures = {
+                p: _mixed(pieces[p], generator) for p in pieces if again and self.mixable[p]
+            }
+            for place, mixture in mixtures.items():
+                pieces[place] = mixture.inputs
+            wanted |= self._answers(mixtures)
+            yield from zip(pieces.values(), wanted.values(), strict=True)
+
+    def _answers(self, mixtures: Mapping[int, _Mixture]) -> dict[int, list[torch.Tensor]]:
+        """What the original says of mixtures; of examples that are as they were it is known."""
+        sizes = {p: len(mixture.mixed) for p, mixture in mixtures.items()}
+        asked = [[t[m.mixed] for t in m.inputs] for m in mixtures.values()]
+        forms = {tuple((t.shape[1:], t.dtype) for t in piece) for piece in asked}
+        rows = all(t.ndim and len(t) == n for p, n in sizes.items() for t in self.targets[p])
+        if len(forms) != 1 or not rows:
+            return {p: _outputs(self.original, [m.inputs])[0] for p, m in mixtures.items()}
+        answers = {p: [t.clone() for t in self.targets[p]] for p in mixtures}
+        counts = [int(m.mixed.sum()) for m in mixtures.values()]
+        if any(counts):
+            # In one call: of small pieces it is the calls that cost.
+            (found,) = _outputs(self.original, [[torch.cat(t) for t in zip(*asked, strict=True)]])
+            for number, output in enumerate(found):
+                for p, part in zip(mixtures, output.split(counts), strict=True):
+                    answers[p][number][mixtures[p].mixed] = part
+        return answers
 
 
 def _training(
@@ -202,27 +238,22 @@ def parted(batches: Batches) -> tuple[Batches, Batches]:
 
 def _mixable(piece: Sequence[Any]) -> bool:
     """Whether there is an input between two inputs: not of token numbers, nor of masks."""
-    return all(
-        isinstance(t, torch.Tensor)
-        and t.is_floating_point()
-        and t.ndim > 0
-        and len(t) > 1
-        and bool(torch.isfinite(t).all())
-        for t in piece
+    return (length_of(piece) or 0) > 1 and all(
+        t.is_floating_point() and bool(torch.isfinite(t).all()) for t in piece
     )
 
 
-def _mixed(piece: Sequence[torch.Tensor], generator: torch.Generator) -> list[torch.Tensor]:
+def _mixed(piece: Sequence[torch.Tensor], generator: torch.Generator) -> _Mixture:
     """Half of the examples, drawn, each with some of another; at least half is its own."""
     count = len(piece[0])
     other = torch.randperm(count, generator=generator)
     share = 0.5 + 0.5 * torch.rand(count, generator=generator)
     share[torch.rand(count, generator=generator) < 0.5] = 1.0
-    mixed = []
+    inputs = []
     for tensor in piece:
         own = share.to(tensor.device, tensor.dtype).reshape(-1, *[1] * (tensor.ndim - 1))
-        mixed.append(own * tensor + (1 - own) * tensor[other.to(tensor.device)])
-    return mixed
+        inputs.append(own * tensor + (1 - own) * tensor[other.to(tensor.device)])
+    return _Mixture(inputs, (share < 1).to(piece[0].device))
 
 
 def _outputs(original: fx.GraphModule, pieces: Pieces) -> list[list[torch.Tensor]]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 from torch import fx
 
 from fxfib.allocation import Allocation
@@ -19,6 +20,8 @@ from fxfib.frontier import Key, Point, Store, key_of
 from fxfib.latency import Stopwatch, Target
 from fxfib.macs import macs_of
 from fxfib.modules import raise_modules
+from fxfib.nearby import Nearby
+from fxfib.passes.batches import examples_of
 from fxfib.passes.groups import groups_of
 from fxfib.passes.plan import make_plan
 from fxfib.passes.rewrite import Rewriter
@@ -33,8 +36,14 @@ SHOWN = 8
 NEAR_MACS = 1 / 256
 # Sizes so near, as a part of the larger, are not told apart by measured losses; and how near a
 # network must be found from which refined ones are searched.
-CLOSE = 0.005
+CLOSE = 0.02
 NEAR = 0.05
+# Networks near the best one that are looked at behind it: so many for each group that may lose
+# nodes, and as many as do not cost more multiply-accumulates than so.  Training counts several
+# times: it is done in small batches.
+LOOKS = 3
+LOOKED_AT = 1.2e13
+TRAINING = 8
 # Places at which a size is expected, before the rest is halved again and again.
 GUESSES = 8
 # Networks that are compared have about the same size: how near, and how often it is tried.
@@ -80,6 +89,8 @@ class Search:
         self.tried: dict[Key, Point] = {}
         self.allocation: Allocation | None = None
         self.path: Path | None = None
+        # Nodes gone of every group in the network that a loss was searched for.
+        self.gone: tuple[int, ...] = ()
         self.precisions: dict[int, dict[str, float]] = {}
         # The last network within the limit: mostly what is returned, so it is not made again.
         self.limit = math.nan
@@ -92,17 +103,18 @@ class Search:
         *,
         measure: bool,
         refine: bool = False,
+        below: float = math.inf,
     ) -> Point:
-        """A point that was really made; its loss where it is asked for."""
+        """A point that was really made; its loss where it is asked for, and it is small enough."""
         key = key_of(eps, refine)
         known = self.tried.get(key) or self.store.get(key)
-        if known is None or (measure and known.loss is None):
+        if known is None or (measure and known.loss is None and known.parameters < below):
             self.made += 1
             self.part(f"network {self.made}")
             rewriter, small = self.workshop.rewritten(dict(eps))
             sizes = self._sizes(small)
             loss = None
-            if measure:
+            if measure and sizes["params"] < below:
                 assert self.evaluator is not None
                 notes = self.workshop.fitted(rewriter, small, refine=refine)
                 self.workshop.step("evaluate")
@@ -157,7 +169,7 @@ class Search:
         assert self.path is not None and self.allocation is not None
         self.workshop.step("allocate")
         with torch_threads(self.workshop.threads):
-            paths = self.allocation.paths(self._predicted(kind, limit))
+            paths = self.allocation.paths(self.path.first(kind, limit))
             best, least, aim = paths[0], math.inf, limit
             for path in paths if len(paths) > 1 else ():
                 self._follow(path)
@@ -178,7 +190,7 @@ class Search:
         """
         assert self.path is not None and self.allocation is not None
         for _ in range(TRIES):
-            place = self._predicted(kind, aim)
+            place = self.path.first(kind, aim)
             rewriter, small = self.workshop.rewritten(self._eps(place))
             size = self._sizes(small)[kind]
             aim = limit * self.path.predicted_sizes(kind)[place] / max(size, 1)
@@ -190,10 +202,17 @@ class Search:
         parameters = sum(p.numel() for p in small.parameters())
         return {"params": parameters, "macs": macs_of(small) // self.batch}
 
-    def _at(self, place: int, *, measure: bool = False, refine: bool = False) -> Point:
+    def _at(
+        self,
+        place: int,
+        *,
+        measure: bool = False,
+        refine: bool = False,
+        below: float = math.inf,
+    ) -> Point:
         assert self.path is not None
         eps, predicted = self._eps(place), self.path.predicted(place)
-        return self._made(eps, predicted, measure=measure, refine=refine)
+        return self._made(eps, predicted, measure=measure, refine=refine, below=below)
 
     def _eps(self, place: int) -> dict[str, float]:
         assert self.path is not None
@@ -219,12 +238,6 @@ class Search:
             )
         return self._at(self._allocate(kind, limit))
 
-    def _predicted(self, kind: str, limit: float) -> int:
-        """The first place whose predicted size is small enough."""
-        assert self.path is not None
-        predicted = self.path.predicted_sizes(kind)
-        return next((p for p, s in enumerate(predicted) if s <= limit), len(self.path) - 1)
-
     def _fitting(self, kind: str, limit: float, aim: float) -> int:
         """The first place that is small enough, as the original is not and the last place is.
 
@@ -237,7 +250,7 @@ class Search:
         while high - low > 1:
             # Predicted sizes are near, and wrong by about the same part at near places; what is
             # returned is counted.
-            place = self._predicted(kind, aim) if guesses < GUESSES else (low + high) // 2
+            place = self.path.first(kind, aim) if guesses < GUESSES else (low + high) // 2
             place = min(max(place, low + 1), high - 1)
             size = self._at(place).size(kind)
             low, high = (low, place) if size <= limit else (place, high)
@@ -283,10 +296,15 @@ class Search:
         return self._sizes(self.workshop.graph_module)[kind]
 
     def within_loss(self, increase: float) -> Point:
-        """The last point of the path whose measured loss is within the tolerance."""
+        """The smallest network that was found whose measured loss is within the tolerance."""
+        assert self.evaluator is not None
+        limit = self.limit = self.evaluator.original + increase
+        return self._around(*self._along(limit, increase), limit)
+
+    def _along(self, limit: float, increase: float) -> tuple[int, Point]:
+        """The last network of the path within the limit; the path is followed on which it is."""
         assert self.evaluator is not None
         path = self._marginal("params")
-        limit = self.limit = self.evaluator.original + increase
         first = 0, self._at(0, measure=True)
         if _loss(first[1]) > limit:
             raise InputError(
@@ -305,14 +323,46 @@ class Search:
             place = self._allocate("params", fitted[1].parameters)
             assert self.path is not None
             start, last = (place, self._at(place, measure=True)), (len(self.path) - 1, last[1])
-        if not self.workshop.refine:
+        if self.workshop.refine:
+            refined = start[0], self._at(start[0], measure=True, refine=True)
+            if _loss(refined[1]) <= limit:
+                return self._last_within(refined, last, limit, CLOSE, refine=True)
+        elif not within:
             ends = (start, last) if _loss(start[1]) <= limit else (first, start)
-            found = fitted if within else self._last_within(*ends, limit, CLOSE, refine=False)
-            return min(fitted[1], found[1], key=lambda point: point.parameters)
-        refined = start[0], self._at(start[0], measure=True, refine=True)
-        if not _loss(refined[1]) <= limit:
-            return fitted[1]
-        return self._last_within(refined, last, limit, CLOSE, refine=True)[1]
+            found = self._last_within(*ends, limit, CLOSE, refine=False)
+            if found[1].parameters <= fitted[1].parameters:
+                return found
+        self._follow(path)
+        return fitted
+
+    def _around(self, number: int, best: Point, limit: float) -> Point:
+        """What is smaller within the limit among networks near one of the path."""
+        assert self.path is not None and self.allocation is not None
+        path, refs = self.path, [curve.ref for curve in self.path.curves]
+        most = np.array(path.gone[-1])
+        nearby = Nearby(self.allocation.costs, most, np.array(path.gone[number]))
+        for _ in range(self._looks(int(np.count_nonzero(most)), refine=best.refined)):
+            found = nearby.next()
+            if found is None:
+                break
+            gone = tuple(map(int, found))
+            eps = self.workshop.eps_for(dict(zip(refs, gone, strict=True)))
+            point = self._made(
+                eps, path.loss(gone), measure=True, refine=best.refined, below=best.parameters
+            )
+            better = point.parameters < best.parameters and _loss(point) <= limit
+            nearby.saw(found, better)
+            best = point if better else best
+        self.gone = tuple(map(int, nearby.best))
+        return best
+
+    def _looks(self, groups: int, *, refine: bool) -> int:
+        """How many networks are looked at around the best one."""
+        assert self.evaluator is not None and self.allocation is not None
+        learned = sum(map(examples_of, self.workshop.batches))
+        runs = 2 + (TRAINING * self.workshop.refine if refine else 0)
+        work = self.allocation.macs * (runs * learned + self.evaluator.examples)
+        return min(LOOKS * groups, int(LOOKED_AT / max(work, 1.0)))
 
     def _last_within(
         self,

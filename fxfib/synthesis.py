@@ -22,7 +22,8 @@ import torch
 from torch import fx
 
 from fxfib.macs import macs_of
-from fxfib.passes.compensate import BATCH_NORM, tensor_at
+from fxfib.passes.compensate import BATCH_NORM
+from fxfib.passes.fits import tensor_at
 from fxfib.passes.rules.base import hint
 from fxfib.passes.stages import Step, silent
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxfib.passes.compensate import FEWEST_ROWS, ROWS_PER_COLUMN, Batches
+from fxfib.passes.compensate import Batches
+from fxfib.passes.fits import FEWEST_ROWS, ROWS_PER_COLUMN
 from fxfib.passes.forward import Analysis
 from fxfib.passes.outlook import Outlook
 from fxfib.passes.regression import positions_of
@@ -30,7 +31,6 @@ class Activation:
         covariance: float64 ``[n, n]``.
         demand: float64 ``[n, n]``, products of the columns that read them.
         alone: float64 ``[n]``, how strongly each is read where no other node makes up for it.
-        twins: whether a twin does, there.
     """
 
     read: fx.Node
@@ -38,7 +38,6 @@ class Activation:
     covariance: torch.Tensor
     demand: torch.Tensor
     alone: torch.Tensor
-    twins: bool
 
 
 def as_read(analysis: Analysis, node: fx.Node, axis: int) -> fx.Node:
@@ -100,7 +99,6 @@ def activations_of(
             second[ref] / count[ref]
             - torch.outer(first[ref] / count[ref], first[ref] / count[ref]),
             *_demand(outlook, ref, len(first[ref])),
-            isinstance(ref[1], str),
         )
         for ref in places
     }
@@ -129,8 +127,4 @@ def _demand(outlook: Outlook, ref: Ref, size: int) -> tuple[torch.Tensor, torch.
         wide = columns.to(torch.float64)
         total += wide.t() @ wide
     alone = torch.full((size,), outlook.plain.get(ref, 0.0), dtype=torch.float64)
-    if isinstance(ref[1], str):
-        # What a recurrent layer loses comes back at every step, in the very nodes from which its
-        # readers were to make up for it.  Only twins go the same way.
-        return torch.zeros_like(total), alone + total.diagonal()
     return total, alone

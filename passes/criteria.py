@@ -243,9 +243,7 @@ class CalibratedPolicy(EnergyPolicy):
         if ref not in self._orders:
             telling = self.telling(ref)
             known = [(self.activations[place], self.nodes(place)) for place in telling]
-            found = eliminate(
-                [Place(a.covariance, a.demand, a.alone, n, a.twins) for a, n in known]
-            )
+            found = eliminate([Place(a.covariance, a.demand, a.alone, n) for a, n in known])
             self._orders |= dict.fromkeys(self.places(ref), found)
         return self._orders[ref]
 

@@ -13,8 +13,6 @@ from fxfib.errors import InputError
 
 # What is added to the diagonal of the covariance, as a part of its mean: it has an inverse then.
 DAMPING = 1e-4
-# The part of its variance that a twin leaves of a node, at most.
-COPY = 0.01
 
 
 class Place(NamedTuple):
@@ -25,7 +23,6 @@ class Place(NamedTuple):
         demand: float64 ``[n, n]``, products of the columns of linear readers.
         alone: float64 ``[n]``, how strongly every node is read by readers that cannot make up for
             it, as they are not linear; None: there is none.
-        twins: whether a node that is nearly a multiple of this one makes up for it all the same.
         nodes: their numbers among those of all places, from 0; None: as they stand.
     """
 
@@ -33,7 +30,6 @@ class Place(NamedTuple):
     demand: torch.Tensor
     alone: torch.Tensor | None = None
     nodes: Labels | None = None
-    twins: bool = False
 
 
 def eliminate(places: Sequence[Place]) -> tuple[Labels, Floats]:
@@ -46,10 +42,9 @@ def eliminate(places: Sequence[Place]) -> tuple[Labels, Floats]:
 
     of the readers' variance.  After each step the columns are the refitted ones, and the inverse is
     that of the nodes that are left.  No other node makes up for what a reader loses that is not
-    linear (a product of queries with keys): of it :math:`a_j G_{jj}` is lost.  Of hidden nodes of a
-    recurrent layer so much is lost, too, as those that are to make up for it lose the same at every
-    step; but for twins, which stay twins.  Nodes that go together in several places (the channels
-    of a residual stream) lose the mean of the shares of all places.
+    linear (a product of queries with keys): of it :math:`a_j G_{jj}` is lost.  Nodes that go
+    together in several places (the channels of a residual stream) lose the mean of the shares of
+    all places.
 
     Args:
         places: where the nodes are read.
@@ -84,18 +79,6 @@ def eliminate(places: Sequence[Place]) -> tuple[Labels, Floats]:
     part_of_all = 1 / (len(places) * whole.clamp(min=1e-300))
     demand = demand * part_of_all[:, None, None]
     alone = alone * part_of_all[:, None]
-    # What the best of the other nodes leaves of each, as a part of its variance.
-    twins = torch.tensor([place.twins for place in places])
-    left_over = 1.0 - damped.square() + torch.diag(torch.full((count,), torch.inf))
-    left_over = torch.where(left_over > COPY, 1.0, left_over.clamp(min=0.0))
-
-    def lost_alone(alive: torch.Tensor, gone: torch.Tensor) -> torch.Tensor:
-        found = alone[:, alive]
-        if twins.any():
-            others = left_over[twins][:, alive[:, None], alive[~gone]]
-            found[twins] *= others.amin(2).clamp(max=1.0)  # infinite beside itself alone
-        return found.sum(0)
-
     alive = torch.arange(count)
     order, lost = [], []
     total = 0.0
@@ -112,7 +95,7 @@ def eliminate(places: Sequence[Place]) -> tuple[Labels, Floats]:
             # Of a matrix with ones on its diagonal (G^-1)_jj is at least 1.
             pivots = inverse.diagonal(dim1=1, dim2=2).clamp(min=1.0)
             scores = wanted.diagonal(dim1=1, dim2=2).clamp(min=0.0) / pivots
-            score = torch.where(gone, torch.inf, scores.sum(0) + lost_alone(alive, gone))
+            score = torch.where(gone, torch.inf, scores.sum(0) + alone[:, alive].sum(0))
             node = int(score.argmin())
             total += float(score[node])
             order.append(int(alive[node]))

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
 import torch
-from torch import fx
+from torch import fx, nn
 
+from fxfib.errors import InputError
+from fxfib.passes.forward import module_path
 from fxfib.passes.layout import Reducer
-from fxfib.passes.regression import Regression, linear_regression
-from fxfib.passes.rewrite import Rewriter
-from fxfib.passes.rules import find_rule
-from fxfib.passes.rules.recurrent import Recurrent
+from fxfib.passes.regression import Regression, positions_of
 
+# Rows beyond this many for each column of a layer's design say little more.
+ROWS_PER_COLUMN = 24
+FEWEST_ROWS = 40_000
+# Numbers of a design that are in memory at a time.
+NUMBERS_AT_ONCE = 2**24
 # Products of fewer columns than twice this are computed at once.
 NARROW = 256
 
@@ -64,73 +67,165 @@ def _add_products(total: torch.Tensor, rows: torch.Tensor) -> None:
     total[:, half:, :half] += beside.transpose(1, 2)
 
 
+class Fit(Protocol):
+    """Weights of one layer of the small graph that are fitted to what the original computes.
+
+    Attributes:
+        level: how many layers have to be fitted before.
+        given: values of the small graph that are looked at.
+        wanted: values of the original that are looked at.
+    """
+
+    level: int
+    given: tuple[fx.Node, ...]
+    wanted: tuple[fx.Node, ...]
+
+    @property
+    def parameters(self) -> list[fx.Node]:
+        """What is fitted, in the original."""
+
+    def observe(
+        self, small: fx.GraphModule, given: Sequence[Any], wanted: Sequence[Any], examples: int
+    ) -> None:
+        """Take up the values of one batch, of so many examples in all batches."""
+
+    def solve(self, small: fx.GraphModule) -> None:
+        """Change the weights in place."""
+
+
 @dataclass(eq=False)
-class Fit:
-    """One weight to fit.
+class LinearFit:
+    """One weight to fit, and the bias with it.
 
     Attributes:
         node: the original layer.
-        new: the merged one.
         regression: how its input meets its weight.
         rows: how its outputs were merged.
-        level: how many layers have to be fitted before.
+        level, given, wanted: see :class:`Fit`.
         norm: the batch norm that alone reads the layer, in the small graph.
-        given: the value of the small graph from which the design is made.
-        wanted: the value of the original from which the response is made.
         weight, bias: names of the merged parameters; the bias may be None.
+        ridge: how much the columns that merging gave count.
     """
 
     node: fx.Node
-    new: fx.Node
     regression: Regression
     rows: Reducer
     level: int
     norm: fx.Node | None
-    given: fx.Node
-    wanted: fx.Node
+    given: tuple[fx.Node, ...]
+    wanted: tuple[fx.Node, ...]
     weight: str
     bias: str | None
+    ridge: float
     moments: Moments = field(default_factory=Moments)
 
+    @property
+    def parameters(self) -> list[fx.Node]:
+        """What is fitted, in the original."""
+        return [p for p in (self.regression.weight, self.regression.bias) if p is not None]
 
-def recurrent_fits(rewriter: Rewriter, node: fx.Node, new: fx.Node, level: int) -> Iterator[Fit]:
-    """The weights of a recurrent module on an input that has changed, gates side by side.
+    def observe(
+        self, small: fx.GraphModule, given: Sequence[Any], wanted: Sequence[Any], examples: int
+    ) -> None:
+        """Add some rows of the regression."""
+        regression = self.regression
+        (source,), (expected,) = given, wanted
+        weight = tensor_at(small, self.weight)
+        width = regression.matrix(weight).shape[1]
+        most = max(1, -(-max(FEWEST_ROWS, ROWS_PER_COLUMN * width) // examples))
+        shape = tuple(expected.shape) if isinstance(expected, torch.Tensor) else ()
+        positions = positions_of(shape, regression.axis, most, self.moments.count)
+        one = regression.design(source, positions[:1], weight).numel()
+        for chosen in positions.split(max(1, NUMBERS_AT_ONCE // max(1, one))):
+            design = wide(regression.design(source, chosen, weight))
+            response = wide(self.rows.apply(regression.response(expected, chosen), 1))
+            groups = len(design)
+            self.moments.add(design, response.unflatten(1, (groups, -1)).transpose(0, 1))
 
-    Those on its own hidden nodes are left alone: fitted step by step to what the original's make of
-    the original's, they drift when the steps are run one after another, far below what merging
-    gave.  Layers above the first are not fitted, either.
-    """
-    analysis = rewriter.analysis
-    rule = find_rule(node)
-    assert isinstance(rule, Recurrent)
-    source = analysis.arguments(node)["input"]
-    given: Any = new.args[list(node.args).index(source)]
-    names = dict(zip(_parameters(node), [str(p.target) for p in _parameters(new)], strict=True))
-    for layer in rule.layers(analysis, node)[: rule.directions(analysis, node)]:
-        bias = None if layer.bias_ih is None else names[layer.bias_ih]
-        regression = linear_regression(source, layer.ih, layer.bias_ih, 0, 3)
-        matrix = analysis.tensor(layer.ih)
-        offset = 0.0 if layer.bias_ih is None else analysis.tensor(layer.bias_ih)
-        response = partial(_response, regression.response, matrix, offset)
-        layout = rewriter.layout(layer.ih, 0)
-        rows = layout.rows(np.ones(layout.full))
-        regression = replace(regression, response=response)
-        yield Fit(
-            node, new, regression, rows, level, None, given, source, names[layer.ih], bias
-        )  # fmt: skip
+    def solve(self, small: fx.GraphModule) -> None:
+        """Least squares, held to what merging gave."""
+        regression, moments = self.regression, self.moments
+        name = self.weight
+        old = tensor_at(small, name)
+        count = moments.count
+        mean_a, mean_z = moments.a / count, moments.z / count
+        groups, width = mean_a.shape
+        start = regression.matrix(old).double().reshape(groups, -1, width)
+        bias_name = self.bias
+        # Batch norm takes up a shift, as a bias does; without either there is none.
+        centred = bias_name is not None or self.norm is not None
+        shift_a, shift_z = (mean_a, mean_z) if centred else (0 * mean_a, 0 * mean_z)
+        # The widest layers' matrices are most of the memory, so they are changed in place.
+        gram, cross = moments.aa.div_(count), moments.az.div_(count)
+        diagonal = gram.diagonal(dim1=1, dim2=2)
+        weight = self.ridge * diagonal.mean(1).clamp(min=1e-30)[:, None, None]
+        gram.baddbmm_(shift_a[:, :, None], shift_a[:, None], alpha=-1)
+        cross.baddbmm_(shift_a[:, :, None], shift_z[:, None], alpha=-1)
+        diagonal += weight[:, 0]
+        cross += weight * start.transpose(1, 2)
+        check_finite(self.node, gram, cross)
+        solved = torch.cholesky_solve(cross, torch.linalg.cholesky(gram)).transpose(1, 2)
+        set_tensor(small, name, regression.tensor(solved.flatten(0, 1), old))
+        mean = torch.einsum("god,gd->go", solved, mean_a).flatten()
+        mean_z = mean_z.flatten()
+        if bias_name is not None:
+            assert tensor_at(small, bias_name).shape == mean_z.shape
+            set_tensor(small, bias_name, mean_z - mean)
+        if self.norm is not None:
+            offset = 0.0 if bias_name is None else tensor_at(small, bias_name).double()
+            variance = (solved @ gram * solved).sum(2) - weight[:, 0] * solved.square().sum(2)
+            before = moments.zz.flatten() / count - mean_z**2
+            _renormalise(self.norm, small, mean + offset - mean_z, variance.flatten(), before)
+        self.moments = Moments()
 
 
-def _response(
-    rows: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    matrix: torch.Tensor,
-    offset: torch.Tensor | float,
-    value: torch.Tensor,
-    positions: torch.Tensor,
-) -> torch.Tensor:
-    """What a weight makes of the original's input, ``[rows, out]``."""
-    return rows(value, positions) @ matrix.t() + offset
+def check_finite(layer: fx.Node, *values: torch.Tensor) -> None:
+    """Raises InputError where a layer cannot be fitted to such values."""
+    if not all(bool(torch.isfinite(value).all()) for value in values):
+        raise InputError(
+            f"{module_path(layer)} cannot be fitted: on the calibration inputs it reads or gives "
+            "NaN or infinite values; leave those inputs out, or give the model in a wider dtype."
+        )
 
 
-def _parameters(node: fx.Node) -> list[fx.Node]:
-    """The flat list of parameters, third of the arguments of every recurrent module."""
-    return list(node.args[2])  # type: ignore[arg-type]
+def wide(rows: torch.Tensor) -> torch.Tensor:
+    """Float32, or float64 as it is."""
+    return rows if rows.dtype == torch.float64 else rows.float()
+
+
+def _renormalise(
+    norm: fx.Node,
+    small: fx.GraphModule,
+    shift: torch.Tensor,
+    variance: torch.Tensor,
+    before: torch.Tensor,
+) -> None:
+    """Statistics of batch norm, changed as its inputs were: robust to inputs of another kind."""
+    names = [str(n.target) for n in norm.args[3:5] if isinstance(n, fx.Node)]
+    if len(names) != 2 or any(len(n.users) > 1 for n in norm.args[3:5]):  # type: ignore[union-attr]
+        return
+    mean, var = (tensor_at(small, name) for name in names)
+    factor = (variance / before.clamp(min=1e-30)).clamp(0.01, 100.0)
+    set_tensor(small, names[0], mean.double() + shift)
+    set_tensor(small, names[1], var.double() * torch.where(before > 1e-12, factor, 1.0))
+
+
+def tensor_at(module: nn.Module, name: str) -> torch.Tensor:
+    """The parameter or buffer of this path, without its history."""
+    result: Any = module
+    for part in name.split("."):
+        result = getattr(result, part)
+    return result.detach()
+
+
+def set_tensor(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    """A new tensor in place of an old one, whose memory may be the original model's."""
+    owner: Any = module
+    *path, leaf = name.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    old = getattr(owner, leaf)
+    fresh = value.to(old.dtype).reshape(old.shape).contiguous()
+    if isinstance(old, nn.Parameter):
+        fresh = nn.Parameter(fresh, requires_grad=old.requires_grad)
+    setattr(owner, leaf, fresh)

@@ -98,14 +98,15 @@ def test_the_best_pass_is_returned(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_mixture_lies_between_two_examples_and_nearer_to_its_own() -> None:
     x = torch.eye(16)
     y = torch.arange(16.0)[:, None].expand(16, 3)
-    a, b = refining._mixed([x, y], torch.Generator().manual_seed(0))
+    (a, b), mixed = refining._mixed([x, y], torch.Generator().manual_seed(0))
     torch.testing.assert_close(a.sum(1), torch.ones(16))
     assert (a.diagonal() >= 0.5).all()
     assert ((a > 0).sum(1) <= 2).all()
     assert 3 < ((a > 0).sum(1) == 2).sum() < 13
     torch.testing.assert_close(b[:, 0], a @ torch.arange(16.0))  # all inputs are mixed alike
+    assert torch.equal(mixed, (a > 0).sum(1) == 2)
     again = refining._mixed([x, y], torch.Generator().manual_seed(0))
-    assert torch.equal(a, again[0])
+    assert torch.equal(a, again.inputs[0])
 
 
 @pytest.mark.parametrize(
@@ -116,12 +117,33 @@ def test_a_mixture_lies_between_two_examples_and_nearer_to_its_own() -> None:
         [torch.randn(6, 2), torch.full((6, 2), -torch.inf)],
         [torch.randn(1, 2)],
         [torch.randn(6, 2), 3],
+        [torch.randn(6, 2), torch.randn(3, 2)],
     ],
-    ids=["tokens", "mask", "additive mask", "one", "number"],
+    ids=["tokens", "mask", "additive mask", "one", "number", "not as long"],
 )
 def test_what_has_nothing_between_is_not_mixed(piece: list[object]) -> None:
     assert not refining._mixable(piece)
     assert refining._mixable([torch.randn(6, 2), torch.randn(6)])
+
+
+class Total(nn.Module):
+    """What it gives of a batch is no output for every example."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x).sum(0)
+
+
+@pytest.mark.parametrize("original", [graphs()[0], Total()], ids=["rows", "no rows"])
+def test_what_is_to_be_learned_is_what_the_original_says(original: nn.Module) -> None:
+    inputs = [[torch.randn(150, 5)], [torch.randn(3, 5)], [torch.randn(1, 5)]]
+    lessons = refining._Lessons(original, lambda number: inputs)
+    generator = torch.Generator().manual_seed(0)
+    for number in range(3):
+        pairs = list(lessons.of(number, generator))
+        assert sum(len(piece[0]) for piece, _ in pairs) == 154
+        assert not all(any(piece[0] is own[0] for own in lessons.pieces) for piece, _ in pairs)
+        for piece, (wanted,) in pairs:
+            torch.testing.assert_close(original(*piece), wanted)
 
 
 def test_fresh_inputs_are_not_mixed_and_known_ones_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,21 +68,6 @@ def test_nobody_makes_up_for_what_readers_lose_that_are_not_linear() -> None:
     assert lost[-1] == pytest.approx(1.0, rel=1e-3)
 
 
-def test_twins_make_up_where_nobody_else_does() -> None:
-    """Nodes 0 and 1 are twins up to a factor; 2 and 3 are correlated, and no twins."""
-    covariance = torch.tensor(
-        [[4.0, -2.0, 0, 0], [-2.0, 1.0, 0, 0], [0, 0, 1.0, 0.9], [0, 0, 0.9, 1.0]],
-        dtype=torch.float64,
-    )
-    none, alone = torch.zeros(4, 4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
-    order, lost = eliminate([Place(covariance, none, alone, twins=True)])
-    # One twin goes for nothing; the other one then is as lonely as any.
-    assert order[0] in (0, 1) and lost[0] < 1e-3
-    assert lost[1] == pytest.approx(1 / 7, rel=1e-2)
-    order, lost = eliminate([Place(covariance, none, alone)])
-    assert lost[0] == pytest.approx(1 / 7, rel=1e-2)
-
-
 class Attentive(nn.Module):
     """Queries, keys and values of one packed matrix, 48 nodes of an input of rank 16."""
 
@@ -106,26 +91,6 @@ def test_queries_are_not_spared_since_values_tell_them() -> None:
     _, lost = eliminate([Place(packed.covariance, packed.demand, packed.alone)])
     # A third of the variance at the least is in what is half of the nodes.
     assert lost[23] > 0.3
-
-
-def test_what_a_recurrent_layer_loses_comes_back() -> None:
-    class Reader(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.LSTM(7, 6, batch_first=True)
-            self.last = nn.Linear(6, 2)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.last(self.layer(x)[0][:, -1])
-
-    torch.manual_seed(4)
-    model, steps = Reader().eval(), torch.randn(30, 5, 7)
-    graph = capture(model, (steps,)).graph_module
-    found = activations_of(graph, Outlook(graph), [(steps,)])
-    (hidden,) = [a for (_, axis), a in found.items() if isinstance(axis, str)]
-    readers = torch.cat([model.layer.weight_hh_l0, model.last.weight]).detach().double()
-    torch.testing.assert_close(hidden.alone, readers.square().sum(0))
-    assert hidden.twins and not torch.count_nonzero(hidden.demand)
 
 
 def test_a_covariance_that_rounding_left_indefinite() -> None:

@@ -1,0 +1,130 @@
+"""Around the best network: what is drawn is smaller, and good moves are made again."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fxfib
+from fxfib.coloring import Labels
+from fxfib.nearby import Nearby
+from fxfib.passes.costs import Costs
+from fxfib.passes.curves import curves_of
+from fxfib.passes.plan import make_plan
+from fxfib.search import Search
+from fxfib.workshop import Workshop
+
+WIDTHS = 40, 30, 20
+
+
+def costs() -> Costs:
+    torch.manual_seed(0)
+    sizes = (8, *WIDTHS, 3)
+    layers: list[nn.Module] = []
+    for a, b in itertools.pairwise(sizes):
+        layers += [nn.Linear(a, b), nn.ReLU()]
+    x = torch.randn(50, 8)
+    workshop = Workshop(nn.Sequential(*layers[:-1]).eval(), (x,), criterion="energy", calibration=x)
+    found = curves_of(workshop.graph_module, workshop.guide)
+    assert tuple(curve.size for curve in found) == WIDTHS
+    return Costs(make_plan(workshop.exact), found)
+
+
+COSTS = costs()
+MOST: Labels = np.array(WIDTHS) - 1
+
+
+def size(gone: Labels) -> float:
+    return COSTS.parameters(np.array(WIDTHS, dtype=float) - gone)
+
+
+def test_networks_are_smaller_and_moved_in_two_groups() -> None:
+    start = np.array([20, 10, 5])
+    nearby = Nearby(COSTS, MOST, start)
+    for _ in range(50):
+        found = nearby.next()
+        assert found is not None
+        assert size(found) < size(start)
+        assert ((found >= 0) & (found <= MOST)).all()
+        assert (found > start).sum() == 1 and (found < start).sum() <= 1
+        nearby.saw(found, better=False)
+    assert nearby.best is start
+
+
+def test_nodes_come_back_as_far_as_it_stays_smaller() -> None:
+    """One more and it would not be by the part that was asked for."""
+    start = np.array([20, 10, 5])
+    nearby = Nearby(COSTS, MOST, start)
+    returned = 0
+    for _ in range(50):
+        limit = (1 - nearby.smaller) * size(start)
+        found = nearby.next()
+        assert found is not None
+        for group in np.flatnonzero(found < start):
+            returned += 1
+            more = found.copy()
+            more[group] -= 1
+            assert size(found) <= limit < size(more)
+        nearby.saw(found, better=False)
+    assert returned > 10
+
+
+def test_a_good_move_is_made_again_and_larger() -> None:
+    nearby = Nearby(COSTS, MOST, np.array([10, 10, 10]))
+    first = nearby.next()
+    assert first is not None
+    grown = int(np.flatnonzero(first > 10)[0])
+    before = nearby.smaller
+    nearby.saw(first, better=True)
+    second = nearby.next()
+    assert second is not None
+    assert second[grown] > first[grown]
+    assert nearby.smaller > before
+    nearby.saw(second, better=False)
+    assert np.array_equal(nearby.best, first)
+
+
+@pytest.mark.parametrize("most", [np.array([0, 5, 0]), np.zeros(3, dtype=np.int64)])
+def test_there_is_nothing_near_where_one_group_is_all(most: Labels) -> None:
+    assert Nearby(COSTS, most, np.zeros(3, dtype=np.int64)).next() is None
+
+
+def test_nothing_is_left_where_all_has_gone() -> None:
+    assert Nearby(COSTS, MOST, MOST).next() is None
+
+
+def test_the_same_draws_every_time() -> None:
+    def some() -> list[list[int]]:
+        nearby = Nearby(COSTS, MOST, np.array([20, 10, 5]))
+        found = []
+        for number in range(12):
+            drawn = nearby.next()
+            assert drawn is not None
+            found.append(drawn.tolist())
+            nearby.saw(drawn, better=number % 3 == 0)
+        return found
+
+    assert some() == some()
+
+
+def test_tune_finds_what_the_path_misses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all groups count alike, a network off the path is smaller within the same loss."""
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 4)
+    ).eval()
+    x, y = torch.randn(300, 6), torch.randn(300, 6)
+    options = {
+        "example_inputs": (x,), "calibration": x, "max_loss_increase": 0.02, "refine": 0,
+    }  # fmt: skip
+    found = {}
+    for looks in (0, 10):
+        monkeypatch.setattr(Search, "_looks", lambda *_, n=looks, **__: n)
+        small = fxfib.tune(model, [y], **options)
+        (chosen,) = (p for p in small.fibration.frontier if p.chosen)
+        assert chosen.loss is not None and chosen.loss <= 0.02
+        assert chosen.parameters == sum(p.numel() for p in small.parameters())
+        found[looks] = chosen.parameters
+    assert found[10] < found[0]
