@@ -12,7 +12,7 @@ from fxfib.passes.costs import Costs
 SMALLER = 0.01
 MOVE = 0.15
 # What the former is multiplied with behind a network that was good, and behind one that was not.
-BOLDER, SHYER = 1.5, 0.9
+BOLDER, SHYER = 1.5, 0.75
 # How often a move is drawn until there is one.
 DRAWS = 100
 

@@ -41,7 +41,7 @@ NEAR = 0.05
 # Networks near the best one that are looked at behind it: so many for each group that may lose
 # nodes, and as many as do not cost more multiply-accumulates than so.  Training counts several
 # times: it is done in small batches.
-LOOKS = 3
+LOOKS = 4
 LOOKED_AT = 1.2e13
 TRAINING = 8
 # Places at which a size is expected, before the rest is halved again and again.
