@@ -58,7 +58,9 @@ def tune(
     fitted, the one is gone on from that is nearest to the original on inputs kept apart (where
     none are given, the root is taken).  Along its path the target is found by making
     networks (sizes and latencies) and evaluating them (losses), each where the ones before say that
-    the limit is.  Of small models all is done in one thread.
+    the limit is; and within a loss, networks around the best one are looked at, too: some nodes of
+    one group less, some of another more, four for each group and no more work than some
+    1e13 multiply-accumulates.  Of small models all is done in one thread.
     ``"bisection"``, as published: layer by layer, in order, the largest eps whose measured loss
     stays within the tolerance; it needs ``max_loss_increase``.
 

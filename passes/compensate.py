@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import fx
 
@@ -150,7 +149,12 @@ def compensate(
     theirs = Stages(original, [{n for fit in now for n in fit.wanted} for now in levels], room)
     ours = Stages(small, [{n for fit in now for n in fit.given} for now in levels], room)
     macs = macs_by_node(original)
-    work = np.cumsum([0, *(1 + sum(macs.get(n, 0) for n in fresh) for fresh in theirs.fresh)])
+    # Of every stage what it takes to look, and to solve.
+    parts = [
+        (1 + sum(macs.get(n, 0) for n in fresh), sum(f.runs * macs.get(f.node, 0) for f in now))
+        for fresh, now in zip(theirs.fresh, levels, strict=True)
+    ]
+    total, done = sum(map(sum, parts)), 0.0
     with torch.no_grad():
         for stage, now in enumerate(levels):
             for number, batch in enumerate(batches):
@@ -159,10 +163,13 @@ def compensate(
                 for fit in now:
                     ours_read = [given[node] for node in fit.given]
                     fit.observe(small, ours_read, [expected[node] for node in fit.wanted], examples)
-                done = work[stage] + (work[stage + 1] - work[stage]) * (number + 1) / len(batches)
-                step("compensate", done / work[-1])
+                step("compensate", (done + parts[stage][0] * (number + 1) / len(batches)) / total)
+            done += parts[stage][0]
             for fit in now:
-                fit.solve(small)
+                own, start = fit.runs * macs.get(fit.node, 0), done
+                for run in fit.solve(small):
+                    step("compensate", (start + own * run / max(fit.runs, 1)) / total)
+                done += own
     return notes
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import fx, nn
@@ -71,11 +71,13 @@ class Fit(Protocol):
     """Weights of one layer of the small graph that are fitted to what the original computes.
 
     Attributes:
+        node: the original layer.
         level: how many layers have to be fitted before.
         given: values of the small graph that are looked at.
         wanted: values of the original that are looked at.
     """
 
+    node: fx.Node
     level: int
     given: tuple[fx.Node, ...]
     wanted: tuple[fx.Node, ...]
@@ -84,13 +86,17 @@ class Fit(Protocol):
     def parameters(self) -> list[fx.Node]:
         """What is fitted, in the original."""
 
+    @property
+    def runs(self) -> int:
+        """How often the layer is run to solve it."""
+
     def observe(
         self, small: fx.GraphModule, given: Sequence[Any], wanted: Sequence[Any], examples: int
     ) -> None:
         """Take up the values of one batch, of so many examples in all batches."""
 
-    def solve(self, small: fx.GraphModule) -> None:
-        """Change the weights in place."""
+    def solve(self, small: fx.GraphModule) -> Iterator[int]:
+        """Change the weights in place; tells how many runs there were."""
 
 
 @dataclass(eq=False)
@@ -101,7 +107,7 @@ class LinearFit:
         node: the original layer.
         regression: how its input meets its weight.
         rows: how its outputs were merged.
-        level, given, wanted: see :class:`Fit`.
+        level, given, wanted, runs: see :class:`Fit`.
         norm: the batch norm that alone reads the layer, in the small graph.
         weight, bias: names of the merged parameters; the bias may be None.
         ridge: how much the columns that merging gave count.
@@ -118,6 +124,7 @@ class LinearFit:
     bias: str | None
     ridge: float
     moments: Moments = field(default_factory=Moments)
+    runs: ClassVar[int] = 0
 
     @property
     def parameters(self) -> list[fx.Node]:
@@ -142,7 +149,7 @@ class LinearFit:
             groups = len(design)
             self.moments.add(design, response.unflatten(1, (groups, -1)).transpose(0, 1))
 
-    def solve(self, small: fx.GraphModule) -> None:
+    def solve(self, small: fx.GraphModule) -> Iterator[int]:
         """Least squares, held to what merging gave."""
         regression, moments = self.regression, self.moments
         name = self.weight
@@ -177,6 +184,7 @@ class LinearFit:
             before = moments.zz.flatten() / count - mean_z**2
             _renormalise(self.norm, small, mean + offset - mean_z, variance.flatten(), before)
         self.moments = Moments()
+        yield 0
 
 
 def check_finite(layer: fx.Node, *values: torch.Tensor) -> None:

@@ -15,7 +15,7 @@ and Marquardt).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,8 @@ STEPS_PER_COLUMN = 8
 RUNS = 32
 DAMPING = 10.0
 LOOSER, TIGHTER = 0.5, 4.0
+# Held so strongly, nothing moves.
+HOPELESS = 1e6
 
 # What the step before and what the input adds to the gates.
 Sums = tuple[torch.Tensor, torch.Tensor]
@@ -156,10 +158,15 @@ class RecurrentFit:
             self._passed_on([theirs], course, number)
         self.seen.append(Sequences(x[:, :count], [s[:, :count] for s in states], sums))
 
-    def solve(self, small: fx.GraphModule) -> None:
-        """Change the weights in place, layer by layer."""
+    @property
+    def runs(self) -> int:
+        """How often it is run."""
+        return RUNS
+
+    def solve(self, small: fx.GraphModule) -> Iterator[int]:
+        """Change the weights in place, layer by layer; tells how many runs there were."""
         for number, layer in enumerate(self.layers):
-            weights, course = self._fitted(self._ours(small, number), number)
+            weights, course = yield from self._fitted(self._ours(small, number), number)
             self._passed_on(self.seen, course, number)
             fitted = (weights.ih, weights.hh, weights.bias_ih, weights.bias_hh)
             for node, value in zip(
@@ -169,14 +176,16 @@ class RecurrentFit:
                     set_tensor(small, self.names[node], value)
         self.seen = []
 
-    def _fitted(self, weights: Weights, number: int) -> tuple[Weights, Course]:
+    def _fitted(
+        self, weights: Weights, number: int
+    ) -> Generator[int, None, tuple[Weights, Course]]:
         """Weights on whose course the sums are nearest, of those that are tried."""
         course = self._course(weights, self.seen, number)
         sums = [batch.sums[number] for batch in self.seen]
         check_finite(self.node, *course.x, *(t for own in sums for t in own))
         error, damping = self._error(weights, course, sums), DAMPING
         moments = self._moments(weights, course, sums)
-        for _ in range(RUNS):
+        for run in range(RUNS):
             tried = self._moved(weights, moments, damping)
             way = self._course(tried, self.seen, number)
             found = self._error(tried, way, sums)
@@ -186,6 +195,9 @@ class RecurrentFit:
                 damping *= LOOSER
             else:
                 damping *= TIGHTER
+            yield (number * RUNS + run + 1) // len(self.layers)
+            if damping > HOPELESS:
+                break
         return weights, course
 
     def _parts(self, weights: Weights) -> Iterator[Part]:

@@ -1,5 +1,6 @@
 """Recurrent layers are fitted on the course that the small layer takes."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 import fxfib
 from fxfib.errors import InputError
 from fxfib.passes import recurrent_fit
+from fxfib.workshop import Workshop
 
 
 class Reader(nn.Module):
@@ -170,7 +172,7 @@ def test_one_move_is_least_squares_on_the_own_course(
 def test_what_brings_nothing_nearer_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     model = redundant(Reader(nn.LSTM))
     x = torch.randn(100, 8, 5)
-    errors = iter([1.0, *[2.0] * 100])
+    errors = iter([1.0, *[2.0] * recurrent_fit.RUNS])
     monkeypatch.setattr(recurrent_fit.RecurrentFit, "_error", lambda *_: next(errors))
     fitted, plain = both(model, x, {"layer": 0.02})
     for (name, ours), (_, theirs) in zip(
@@ -185,9 +187,9 @@ def test_few_sequences_of_many_are_looked_at(monkeypatch: pytest.MonkeyPatch) ->
     seen = []
     solve = recurrent_fit.RecurrentFit.solve
 
-    def looked_at(self: recurrent_fit.RecurrentFit, small: Any) -> None:
+    def looked_at(self: recurrent_fit.RecurrentFit, small: Any) -> Iterator[int]:
         seen.extend(tuple(batch.x.shape[:2]) for batch in self.seen)
-        solve(self, small)
+        return solve(self, small)
 
     monkeypatch.setattr(recurrent_fit.RecurrentFit, "solve", looked_at)
     model, x = redundant(Reader(nn.GRU)), torch.randn(10, 8, 5)
@@ -220,3 +222,18 @@ def test_what_overflows_is_named() -> None:
     options = {"criterion": "cosine", "calibration": 1e37 * x}
     with pytest.raises(InputError, match=r"layer cannot be fitted: .* NaN or infinite"):
         fxfib.compile(model, {"layer": 0.3}, (x,), **options)
+
+
+def test_runs_are_told_as_they_are_done() -> None:
+    told: list[float] = []
+
+    def step(name: str, share: float | None = None) -> None:
+        if name == "compensate" and share is not None:
+            told.append(share)
+
+    model, x = redundant(Reader(nn.LSTM, num_layers=2)), torch.randn(50, 6, 5)
+    workshop = Workshop(model, (x,), criterion="energy", calibration=x, step=step)
+    workshop.fitted(*workshop.rewritten({"layer": 0.02}))
+    assert len(set(told)) > recurrent_fit.RUNS
+    assert told == sorted(told)
+    assert told[-1] == pytest.approx(1.0)
