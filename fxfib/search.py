@@ -13,6 +13,7 @@ from torch import fx
 from fxfib.allocation import Allocation
 from fxfib.api import LARGEST_EPS
 from fxfib.certificate import batch_of
+from fxfib.coloring import Labels
 from fxfib.crossing import Crossing
 from fxfib.errors import InputError
 from fxfib.evaluation import Evaluator
@@ -39,9 +40,10 @@ NEAR_MACS = 1 / 256
 CLOSE = 0.02
 NEAR = 0.05
 # Networks near the best one that are looked at behind it: so many for each group that may lose
-# nodes, and as many as do not cost more multiply-accumulates than so.  Training counts several
-# times: it is done in small batches.
+# nodes, in so many rounds where the best of each is refined, and as many as do not cost more
+# multiply-accumulates than so.  Training counts several times: it is done in small batches.
 LOOKS = 4
+ROUNDS = 4
 LOOKED_AT = 1.2e13
 TRAINING = 8
 # Places at which a size is expected, before the rest is halved again and again.
@@ -336,33 +338,75 @@ class Search:
         return fitted
 
     def _around(self, number: int, best: Point, limit: float) -> Point:
-        """What is smaller within the limit among networks near one of the path."""
-        assert self.path is not None and self.allocation is not None
-        path, refs = self.path, [curve.ref for curve in self.path.curves]
-        most = np.array(path.gone[-1])
-        nearby = Nearby(self.allocation.costs, most, np.array(path.gone[number]))
-        for _ in range(self._looks(int(np.count_nonzero(most)), refine=best.refined)):
-            found = nearby.next()
-            if found is None:
+        """What is smaller within the limit among networks near one of the path.
+
+        Of networks that are refined the fitted ones are looked at, which are made much faster and
+        whose loss goes with that of the refined ones; what comes out best is refined.
+        """
+        assert self.path is not None and self.allocation is not None and self.evaluator is not None
+        self.gone = self.path.gone[number]
+        most = np.array(self.path.gone[-1])
+        nearby = Nearby(self.allocation.costs, most, np.array(self.gone))
+        looks, left = LOOKS * int(np.count_nonzero(most)), LOOKED_AT
+        if not best.refined:
+            looks = min(looks, int(left / self._work(refine=False)))
+            for gone, point in self._smaller(nearby, best, limit, looks):
+                self.gone, best = gone, point
+            return best
+        original = self.evaluator.original
+        fitted = self._near(nearby.best)
+        for _ in range(ROUNDS):
+            left -= self._work(refine=True)
+            looks = min(looks, max(0, int(left / self._work(refine=False))))
+            left -= looks * self._work(refine=False)
+            # Refining leaves the same part of the loss of networks that are alike.
+            part = _part(_loss(best) - original, _loss(fitted) - original)
+            trail = self._smaller(nearby, fitted, original + (limit - original) / part, looks)
+            at = len(trail) - 1
+            while at >= 0:
+                gone, found = trail[at]
+                point = self._near(gone, refine=True)
+                if _loss(point) <= limit:
+                    self.gone, best, fitted = gone, point, found
+                    break
+                at = (at - 1) // 2 if at else -1
+            if at < 0:
                 break
-            gone = tuple(map(int, found))
-            eps = self.workshop.eps_for(dict(zip(refs, gone, strict=True)))
-            point = self._made(
-                eps, path.loss(gone), measure=True, refine=best.refined, below=best.parameters
-            )
-            better = point.parameters < best.parameters and _loss(point) <= limit
-            nearby.saw(found, better)
-            best = point if better else best
-        self.gone = tuple(map(int, nearby.best))
+            nearby.best = np.array(self.gone)
         return best
 
-    def _looks(self, groups: int, *, refine: bool) -> int:
-        """How many networks are looked at around the best one."""
+    def _smaller(
+        self, nearby: Nearby, best: Point, limit: float, looks: int
+    ) -> list[tuple[tuple[int, ...], Point]]:
+        """Ever smaller networks within the limit, of so many that are looked at."""
+        found = []
+        for _ in range(looks):
+            gone = nearby.next()
+            if gone is None:
+                break
+            point = self._near(gone, below=best.parameters)
+            better = point.parameters < best.parameters and _loss(point) <= limit
+            nearby.saw(gone, better)
+            if better:
+                best = point
+                found.append((tuple(map(int, gone)), point))
+        return found
+
+    def _near(self, gone: Labels, *, refine: bool = False, below: float = math.inf) -> Point:
+        """The network in which so many nodes of every group have gone, measured."""
+        assert self.path is not None
+        refs, counts = (curve.ref for curve in self.path.curves), tuple(map(int, gone))
+        eps = self.workshop.eps_for(dict(zip(refs, counts, strict=True)))
+        predicted = self.path.loss(counts)
+        return self._made(eps, predicted, measure=True, refine=refine, below=below)
+
+    def _work(self, *, refine: bool) -> float:
+        """Multiply-accumulates that a network costs which is measured, roughly."""
         assert self.evaluator is not None and self.allocation is not None
-        learned = sum(map(examples_of, self.workshop.batches))
+        learned = sum(map(examples_of, self.workshop.batches)) if self.workshop.compensate else 0
         runs = 2 + (TRAINING * self.workshop.refine if refine else 0)
         work = self.allocation.macs * (runs * learned + self.evaluator.examples)
-        return min(LOOKS * groups, int(LOOKED_AT / max(work, 1.0)))
+        return max(work, 1.0)
 
     def _last_within(
         self,
@@ -436,6 +480,10 @@ class Search:
                         self.path.predicted(place),
                     )
         return tuple(sorted(points.values(), key=lambda p: -p.parameters))
+
+
+def _part(of: float, whole: float) -> float:
+    return of / whole if of > 0 and whole > 0 else 1.0
 
 
 def _loss(point: Point) -> float:

@@ -1,6 +1,7 @@
 """Around the best network: what is drawn is smaller, and good moves are made again."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,12 +9,14 @@ import torch
 from torch import nn
 
 import fxfib
+from fxfib import search
 from fxfib.coloring import Labels
+from fxfib.frontier import Point
+from fxfib.modules import FibrationModule
 from fxfib.nearby import Nearby
 from fxfib.passes.costs import Costs
 from fxfib.passes.curves import curves_of
 from fxfib.passes.plan import make_plan
-from fxfib.search import Search
 from fxfib.workshop import Workshop
 
 WIDTHS = 40, 30, 20
@@ -109,22 +112,58 @@ def test_the_same_draws_every_time() -> None:
     assert some() == some()
 
 
-def test_tune_finds_what_the_path_misses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where all groups count alike, a network off the path is smaller within the same loss."""
+def tuned(**options: object) -> FibrationModule:
     torch.manual_seed(1)
     model = nn.Sequential(
         nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 4)
     ).eval()
     x, y = torch.randn(300, 6), torch.randn(300, 6)
-    options = {
-        "example_inputs": (x,), "calibration": x, "max_loss_increase": 0.02, "refine": 0,
-    }  # fmt: skip
-    found = {}
-    for looks in (0, 10):
-        monkeypatch.setattr(Search, "_looks", lambda *_, n=looks, **__: n)
-        small = fxfib.tune(model, [y], **options)
-        (chosen,) = (p for p in small.fibration.frontier if p.chosen)
-        assert chosen.loss is not None and chosen.loss <= 0.02
-        assert chosen.parameters == sum(p.numel() for p in small.parameters())
-        found[looks] = chosen.parameters
-    assert found[10] < found[0]
+    small = fxfib.tune(
+        model, [y], example_inputs=(x,), calibration=x, max_loss_increase=0.02, **options
+    )
+    with torch.no_grad():
+        gap = (small(y) - model(y)).square().mean() / model(y).var(correction=0)
+    (chosen,) = (p for p in small.fibration.frontier if p.chosen)
+    assert chosen.loss == pytest.approx(float(gap), rel=1e-3)
+    assert chosen.loss <= 0.02
+    assert chosen.parameters == sum(p.numel() for p in small.parameters())
+    assert chosen.parameters == min(
+        p.parameters for p in small.fibration.frontier if p.loss is not None and p.loss <= 0.02
+    )
+    return small
+
+
+@pytest.mark.parametrize("refine", [0, 3])
+def test_tune_finds_what_the_path_misses(refine: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for looks in (0, 4):
+        monkeypatch.setattr(search, "LOOKS", looks)
+        found.append(sum(p.numel() for p in tuned(refine=refine).parameters()))
+    assert found[1] < found[0]
+
+
+def test_refined_networks_decide_and_few_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What looks good as it is fitted is refined, and given up where it is no good then."""
+    made = []
+    own = search.Search._made
+
+    def noted(self: search.Search, *given: Any, **options: Any) -> Point:
+        point = own(self, *given, **options)
+        made.append(point)
+        return point
+
+    monkeypatch.setattr(search.Search, "_made", noted)
+    monkeypatch.setattr(search, "_part", lambda of, whole: 0.5)  # so much refining does not help
+    small = tuned(refine=3)
+    (chosen,) = (p for p in small.fibration.frontier if p.chosen)
+    assert chosen.refined
+    near = [p for p in made if p.refined and p.parameters < chosen.parameters]
+    assert near and all(p.loss is None or p.loss > 0.02 for p in near)
+    assert sum(p.refined for p in made) < sum(not p.refined for p in made)
+
+
+def test_work_bounds_the_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "LOOKED_AT", 0.0)
+    few = sum(p.numel() for p in tuned(refine=0).parameters())
+    monkeypatch.setattr(search, "LOOKS", 0)
+    assert few == sum(p.numel() for p in tuned(refine=0).parameters())
