@@ -127,10 +127,10 @@ class Longer:
         gone = gone.clip(0, self.most)
         refs = [curve.ref for curve in self.curves]
         eps = self.search.workshop.eps_for(dict(zip(refs, map(int, gone), strict=True)))
-        size = self.search._made(eps, None, measure=False).parameters
+        size = self.search.made(eps, None, measure=False).parameters
         if size >= self.best.parameters:
             return
-        point = self.search._made(eps, None, measure=True, refine=self.best.refined)
+        point = self.search.made(eps, None, measure=True, refine=self.best.refined)
         if point.loss is not None and point.loss <= self.limit:
             self.best, self.gone = point, gone
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,6 +59,11 @@ class Point:
     def size(self, kind: str) -> int:
         """Its parameters (``"params"``) or multiply-accumulates (``"macs"``)."""
         return self.parameters if kind == "params" else self.macs
+
+
+def loss_of(point: Point) -> float:
+    """Its loss; NaN, which is beyond every limit, where it is not measured."""
+    return math.nan if point.loss is None else point.loss
 
 
 class Store:

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+import math
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from fxfib.coloring import Labels
+from fxfib.frontier import Point, loss_of
+from fxfib.passes.batches import examples_of
 from fxfib.passes.costs import Costs
+from fxfib.paths import Path
+
+if TYPE_CHECKING:
+    from fxfib.search import Search
+
+# Networks that are looked at: so many for each group that may lose nodes, in so many rounds where
+# what comes out best is refined, and as many as do not cost more multiply-accumulates than so.
+# Training counts several times: it is done in small batches.
+LOOKS = 4
+ROUNDS = 4
+LOOKED_AT = 1.2e13
+TRAINING = 8
 
 # How much smaller the next network is to be, and which part of the nodes that are left of a group
 # goes at most.
@@ -78,3 +95,97 @@ class Nearby:
     def _size(self, gone: Labels) -> float:
         left = self.costs.sizes - gone
         return self.costs.parameters(left) if self.kind == "params" else self.costs.macs(left)
+
+
+class Surroundings:
+    """Looks for a smaller network within a loss near one that is known.
+
+    Args:
+        search: makes and measures networks.
+        path: what is known is on it.
+        limit: the largest loss.
+    """
+
+    def __init__(self, search: Search, path: Path, limit: float) -> None:
+        assert search.evaluator is not None and search.allocation is not None
+        self.search, self.path, self.limit = search, path, limit
+        self.evaluator, self.allocation = search.evaluator, search.allocation
+
+    def best(self, number: int, known: Point) -> tuple[Labels, Point]:
+        """The smallest network that was found, and how many nodes of every group have gone there.
+
+        Of networks that are refined the fitted ones are looked at, which are made much faster and
+        whose loss goes with that of the refined ones; what comes out best is refined.
+
+        Args:
+            number: of the known network on the path.
+        """
+        most, gone = (np.array(self.path.gone[place]) for place in (-1, number))
+        nearby = Nearby(self.allocation.costs, most, gone)
+        looks = LOOKS * int(np.count_nonzero(most))
+        if known.refined:
+            return self._refined(nearby, known, looks)
+        looks = min(looks, int(LOOKED_AT / self._work(refine=False)))
+        trail = self._smaller(nearby, known, self.limit, looks)
+        return trail[-1] if trail else (gone, known)
+
+    def _refined(self, nearby: Nearby, best: Point, looks: int) -> tuple[Labels, Point]:
+        left, fitted = LOOKED_AT, self._measured(nearby.best)
+        for _ in range(ROUNDS):
+            left -= self._work(refine=True)
+            looks = min(looks, max(0, int(left / self._work(refine=False))))
+            left -= looks * self._work(refine=False)
+            # Refining leaves about the same part of the loss of networks that are alike.
+            part = _part(self._increase(best), self._increase(fitted))
+            original = self.evaluator.original
+            start = nearby.best
+            trail = self._smaller(nearby, fitted, original + (self.limit - original) / part, looks)
+            at, nearby.best = len(trail) - 1, start
+            while at >= 0:
+                gone, found = trail[at]
+                point = self._measured(gone, refine=True)
+                if loss_of(point) <= self.limit:
+                    nearby.best, best, fitted = gone, point, found
+                    break
+                at = (at - 1) // 2
+            if at < 0:
+                break
+        return nearby.best, best
+
+    def _smaller(
+        self, nearby: Nearby, best: Point, limit: float, looks: int
+    ) -> list[tuple[Labels, Point]]:
+        """Ever smaller networks within a limit, of so many that are looked at."""
+        found: list[tuple[Labels, Point]] = []
+        for _ in range(looks):
+            gone = nearby.next()
+            if gone is None:
+                break
+            point = self._measured(gone, below=best.parameters)
+            better = point.parameters < best.parameters and loss_of(point) <= limit
+            nearby.saw(gone, better)
+            if better:
+                best = point
+                found.append((gone, point))
+        return found
+
+    def _measured(self, gone: Labels, *, refine: bool = False, below: float = math.inf) -> Point:
+        """The network in which so many nodes of every group have gone, if it is small enough."""
+        refs, counts = (curve.ref for curve in self.path.curves), tuple(map(int, gone))
+        eps = self.search.workshop.eps_for(dict(zip(refs, counts, strict=True)))
+        predicted = self.path.loss(counts)
+        return self.search.made(eps, predicted, measure=True, refine=refine, below=below)
+
+    def _increase(self, point: Point) -> float:
+        return loss_of(point) - self.evaluator.original
+
+    def _work(self, *, refine: bool) -> float:
+        """Multiply-accumulates that a network costs which is measured, roughly."""
+        workshop = self.search.workshop
+        learned = sum(map(examples_of, workshop.batches)) if workshop.compensate else 0
+        runs = 2 + (TRAINING * workshop.refine if refine else 0)
+        return max(self.allocation.macs * (runs * learned + self.evaluator.examples), 1.0)
+
+
+def _part(of: float, whole: float) -> float:
+    return of / whole if of > 0 and whole > 0 else 1.0

@@ -17,12 +17,11 @@ from fxfib.coloring import Labels
 from fxfib.crossing import Crossing
 from fxfib.errors import InputError
 from fxfib.evaluation import Evaluator
-from fxfib.frontier import Key, Point, Store, key_of
+from fxfib.frontier import Key, Point, Store, key_of, loss_of
 from fxfib.latency import Stopwatch, Target
 from fxfib.macs import macs_of
 from fxfib.modules import raise_modules
-from fxfib.nearby import Nearby
-from fxfib.passes.batches import examples_of
+from fxfib.nearby import Surroundings
 from fxfib.passes.groups import groups_of
 from fxfib.passes.plan import make_plan
 from fxfib.passes.rewrite import Rewriter
@@ -39,13 +38,6 @@ NEAR_MACS = 1 / 256
 # network must be found from which refined ones are searched.
 CLOSE = 0.02
 NEAR = 0.05
-# Networks near the best one that are looked at behind it: so many for each group that may lose
-# nodes, in so many rounds where the best of each is refined, and as many as do not cost more
-# multiply-accumulates than so.  Training counts several times: it is done in small batches.
-LOOKS = 4
-ROUNDS = 4
-LOOKED_AT = 1.2e13
-TRAINING = 8
 # Places at which a size is expected, before the rest is halved again and again.
 GUESSES = 8
 # Networks that are compared have about the same size: how near, and how often it is tried.
@@ -87,18 +79,18 @@ class Search:
         self.evaluator = evaluator
         self.store = store
         self.part = part
-        self.made = 0
+        self.number = 0
         self.tried: dict[Key, Point] = {}
         self.allocation: Allocation | None = None
         self.path: Path | None = None
         # Nodes gone of every group in the network that a loss was searched for.
-        self.gone: tuple[int, ...] = ()
+        self.gone: Labels = np.zeros(0, dtype=np.int64)
         self.precisions: dict[int, dict[str, float]] = {}
         # The last network within the limit: mostly what is returned, so it is not made again.
         self.limit = math.nan
         self.kept: tuple[Key, Network] | None = None
 
-    def _made(
+    def made(
         self,
         eps: Mapping[str, float],
         predicted: float | None,
@@ -111,8 +103,8 @@ class Search:
         key = key_of(eps, refine)
         known = self.tried.get(key) or self.store.get(key)
         if known is None or (measure and known.loss is None and known.parameters < below):
-            self.made += 1
-            self.part(f"network {self.made}")
+            self.number += 1
+            self.part(f"network {self.number}")
             rewriter, small = self.workshop.rewritten(dict(eps))
             sizes = self._sizes(small)
             loss = None
@@ -214,7 +206,7 @@ class Search:
     ) -> Point:
         assert self.path is not None
         eps, predicted = self._eps(place), self.path.predicted(place)
-        return self._made(eps, predicted, measure=measure, refine=refine, below=below)
+        return self.made(eps, predicted, measure=measure, refine=refine, below=below)
 
     def _eps(self, place: int) -> dict[str, float]:
         assert self.path is not None
@@ -301,23 +293,26 @@ class Search:
         """The smallest network that was found whose measured loss is within the tolerance."""
         assert self.evaluator is not None
         limit = self.limit = self.evaluator.original + increase
-        return self._around(*self._along(limit, increase), limit)
+        number, best = self._along(limit, increase)
+        assert self.path is not None
+        self.gone, best = Surroundings(self, self.path, limit).best(number, best)
+        return best
 
     def _along(self, limit: float, increase: float) -> tuple[int, Point]:
         """The last network of the path within the limit; the path is followed on which it is."""
         assert self.evaluator is not None
         path = self._marginal("params")
         first = 0, self._at(0, measure=True)
-        if _loss(first[1]) > limit:
+        if loss_of(first[1]) > limit:
             raise InputError(
                 f"max_loss_increase={increase:g} cannot be met: even without merging the loss is "
-                f"{_loss(first[1]) - self.evaluator.original:g} above the original's."
+                f"{loss_of(first[1]) - self.evaluator.original:g} above the original's."
             )
         end = len(path) - 1
         last = end, self._at(end, measure=True)
         # Refining costs much, so only networks near the end of what is possible are refined.
         close = NEAR if self.workshop.refine else CLOSE
-        within = _loss(last[1]) <= limit
+        within = loss_of(last[1]) <= limit
         fitted = last if within else self._last_within(first, last, limit, close, refine=False)
         start = fitted
         if not within and fitted[0]:
@@ -327,86 +322,15 @@ class Search:
             start, last = (place, self._at(place, measure=True)), (len(self.path) - 1, last[1])
         if self.workshop.refine:
             refined = start[0], self._at(start[0], measure=True, refine=True)
-            if _loss(refined[1]) <= limit:
+            if loss_of(refined[1]) <= limit:
                 return self._last_within(refined, last, limit, CLOSE, refine=True)
         elif not within:
-            ends = (start, last) if _loss(start[1]) <= limit else (first, start)
+            ends = (start, last) if loss_of(start[1]) <= limit else (first, start)
             found = self._last_within(*ends, limit, CLOSE, refine=False)
             if found[1].parameters <= fitted[1].parameters:
                 return found
         self._follow(path)
         return fitted
-
-    def _around(self, number: int, best: Point, limit: float) -> Point:
-        """What is smaller within the limit among networks near one of the path.
-
-        Of networks that are refined the fitted ones are looked at, which are made much faster and
-        whose loss goes with that of the refined ones; what comes out best is refined.
-        """
-        assert self.path is not None and self.allocation is not None and self.evaluator is not None
-        self.gone = self.path.gone[number]
-        most = np.array(self.path.gone[-1])
-        nearby = Nearby(self.allocation.costs, most, np.array(self.gone))
-        looks, left = LOOKS * int(np.count_nonzero(most)), LOOKED_AT
-        if not best.refined:
-            looks = min(looks, int(left / self._work(refine=False)))
-            for gone, point in self._smaller(nearby, best, limit, looks):
-                self.gone, best = gone, point
-            return best
-        original = self.evaluator.original
-        fitted = self._near(nearby.best)
-        for _ in range(ROUNDS):
-            left -= self._work(refine=True)
-            looks = min(looks, max(0, int(left / self._work(refine=False))))
-            left -= looks * self._work(refine=False)
-            # Refining leaves the same part of the loss of networks that are alike.
-            part = _part(_loss(best) - original, _loss(fitted) - original)
-            trail = self._smaller(nearby, fitted, original + (limit - original) / part, looks)
-            at = len(trail) - 1
-            while at >= 0:
-                gone, found = trail[at]
-                point = self._near(gone, refine=True)
-                if _loss(point) <= limit:
-                    self.gone, best, fitted = gone, point, found
-                    break
-                at = (at - 1) // 2 if at else -1
-            if at < 0:
-                break
-            nearby.best = np.array(self.gone)
-        return best
-
-    def _smaller(
-        self, nearby: Nearby, best: Point, limit: float, looks: int
-    ) -> list[tuple[tuple[int, ...], Point]]:
-        """Ever smaller networks within the limit, of so many that are looked at."""
-        found = []
-        for _ in range(looks):
-            gone = nearby.next()
-            if gone is None:
-                break
-            point = self._near(gone, below=best.parameters)
-            better = point.parameters < best.parameters and _loss(point) <= limit
-            nearby.saw(gone, better)
-            if better:
-                best = point
-                found.append((tuple(map(int, gone)), point))
-        return found
-
-    def _near(self, gone: Labels, *, refine: bool = False, below: float = math.inf) -> Point:
-        """The network in which so many nodes of every group have gone, measured."""
-        assert self.path is not None
-        refs, counts = (curve.ref for curve in self.path.curves), tuple(map(int, gone))
-        eps = self.workshop.eps_for(dict(zip(refs, counts, strict=True)))
-        predicted = self.path.loss(counts)
-        return self._made(eps, predicted, measure=True, refine=refine, below=below)
-
-    def _work(self, *, refine: bool) -> float:
-        """Multiply-accumulates that a network costs which is measured, roughly."""
-        assert self.evaluator is not None and self.allocation is not None
-        learned = sum(map(examples_of, self.workshop.batches)) if self.workshop.compensate else 0
-        runs = 2 + (TRAINING * self.workshop.refine if refine else 0)
-        work = self.allocation.macs * (runs * learned + self.evaluator.examples)
-        return max(work, 1.0)
 
     def _last_within(
         self,
@@ -425,11 +349,11 @@ class Search:
             self.evaluator.original,
             limit,
             close,
-            *((place, _loss(point)) for place, point in (low, high)),
+            *((place, loss_of(point)) for place, point in (low, high)),
         )
         while (place := crossing.next()) is not None:
             point = self._at(place, measure=True, refine=refine)
-            crossing.saw(place, _loss(point))
+            crossing.saw(place, loss_of(point))
             if crossing.low[0] == place:
                 low = place, point
         return low
@@ -440,7 +364,7 @@ class Search:
         limit = self.limit = self.evaluator.original + increase
         plan = make_plan(self.workshop.exact)
         eps: dict[str, float] = {}
-        best = self._made(eps, None, measure=True)
+        best = self.made(eps, None, measure=True)
         for group in groups_of(plan):
             if group.reason:
                 continue
@@ -449,7 +373,7 @@ class Search:
             for _ in range(BISECTIONS):
                 middle = (low + high) / 2
                 trial = {**eps, **dict.fromkeys(layers, middle)}
-                point = self._made(trial, None, measure=True)
+                point = self.made(trial, None, measure=True)
                 if point.loss is not None and point.loss <= limit:
                     low, best = middle, point
                 else:
@@ -480,11 +404,3 @@ class Search:
                         self.path.predicted(place),
                     )
         return tuple(sorted(points.values(), key=lambda p: -p.parameters))
-
-
-def _part(of: float, whole: float) -> float:
-    return of / whole if of > 0 and whole > 0 else 1.0
-
-
-def _loss(point: Point) -> float:
-    return math.nan if point.loss is None else point.loss

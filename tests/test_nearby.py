@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fxfib
-from fxfib import search
+from fxfib import nearby, search
 from fxfib.coloring import Labels
 from fxfib.frontier import Point
 from fxfib.modules import FibrationModule
@@ -45,48 +45,48 @@ def size(gone: Labels) -> float:
 
 def test_networks_are_smaller_and_moved_in_two_groups() -> None:
     start = np.array([20, 10, 5])
-    nearby = Nearby(COSTS, MOST, start)
+    draws = Nearby(COSTS, MOST, start)
     for _ in range(50):
-        found = nearby.next()
+        found = draws.next()
         assert found is not None
         assert size(found) < size(start)
         assert ((found >= 0) & (found <= MOST)).all()
         assert (found > start).sum() == 1 and (found < start).sum() <= 1
-        nearby.saw(found, better=False)
-    assert nearby.best is start
+        draws.saw(found, better=False)
+    assert draws.best is start
 
 
 def test_nodes_come_back_as_far_as_it_stays_smaller() -> None:
     """One more and it would not be by the part that was asked for."""
     start = np.array([20, 10, 5])
-    nearby = Nearby(COSTS, MOST, start)
+    draws = Nearby(COSTS, MOST, start)
     returned = 0
     for _ in range(50):
-        limit = (1 - nearby.smaller) * size(start)
-        found = nearby.next()
+        limit = (1 - draws.smaller) * size(start)
+        found = draws.next()
         assert found is not None
         for group in np.flatnonzero(found < start):
             returned += 1
             more = found.copy()
             more[group] -= 1
             assert size(found) <= limit < size(more)
-        nearby.saw(found, better=False)
+        draws.saw(found, better=False)
     assert returned > 10
 
 
 def test_a_good_move_is_made_again_and_larger() -> None:
-    nearby = Nearby(COSTS, MOST, np.array([10, 10, 10]))
-    first = nearby.next()
+    draws = Nearby(COSTS, MOST, np.array([10, 10, 10]))
+    first = draws.next()
     assert first is not None
     grown = int(np.flatnonzero(first > 10)[0])
-    before = nearby.smaller
-    nearby.saw(first, better=True)
-    second = nearby.next()
+    before = draws.smaller
+    draws.saw(first, better=True)
+    second = draws.next()
     assert second is not None
     assert second[grown] > first[grown]
-    assert nearby.smaller > before
-    nearby.saw(second, better=False)
-    assert np.array_equal(nearby.best, first)
+    assert draws.smaller > before
+    draws.saw(second, better=False)
+    assert np.array_equal(draws.best, first)
 
 
 @pytest.mark.parametrize("most", [np.array([0, 5, 0]), np.zeros(3, dtype=np.int64)])
@@ -100,13 +100,13 @@ def test_nothing_is_left_where_all_has_gone() -> None:
 
 def test_the_same_draws_every_time() -> None:
     def some() -> list[list[int]]:
-        nearby = Nearby(COSTS, MOST, np.array([20, 10, 5]))
+        draws = Nearby(COSTS, MOST, np.array([20, 10, 5]))
         found = []
         for number in range(12):
-            drawn = nearby.next()
+            drawn = draws.next()
             assert drawn is not None
             found.append(drawn.tolist())
-            nearby.saw(drawn, better=number % 3 == 0)
+            draws.saw(drawn, better=number % 3 == 0)
         return found
 
     assert some() == some()
@@ -137,7 +137,7 @@ def tuned(**options: object) -> FibrationModule:
 def test_tune_finds_what_the_path_misses(refine: int, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for looks in (0, 4):
-        monkeypatch.setattr(search, "LOOKS", looks)
+        monkeypatch.setattr(nearby, "LOOKS", looks)
         found.append(sum(p.numel() for p in tuned(refine=refine).parameters()))
     assert found[1] < found[0]
 
@@ -145,15 +145,15 @@ def test_tune_finds_what_the_path_misses(refine: int, monkeypatch: pytest.Monkey
 def test_refined_networks_decide_and_few_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """What looks good as it is fitted is refined, and given up where it is no good then."""
     made = []
-    own = search.Search._made
+    own = search.Search.made
 
     def noted(self: search.Search, *given: Any, **options: Any) -> Point:
         point = own(self, *given, **options)
         made.append(point)
         return point
 
-    monkeypatch.setattr(search.Search, "_made", noted)
-    monkeypatch.setattr(search, "_part", lambda of, whole: 0.5)  # so much refining does not help
+    monkeypatch.setattr(search.Search, "made", noted)
+    monkeypatch.setattr(nearby, "_part", lambda of, whole: 0.5)  # so much refining does not help
     small = tuned(refine=3)
     (chosen,) = (p for p in small.fibration.frontier if p.chosen)
     assert chosen.refined
@@ -163,7 +163,7 @@ def test_refined_networks_decide_and_few_are_made(monkeypatch: pytest.MonkeyPatc
 
 
 def test_work_bounds_the_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search, "LOOKED_AT", 0.0)
+    monkeypatch.setattr(nearby, "LOOKED_AT", 0.0)
     few = sum(p.numel() for p in tuned(refine=0).parameters())
-    monkeypatch.setattr(search, "LOOKS", 0)
+    monkeypatch.setattr(nearby, "LOOKS", 0)
     assert few == sum(p.numel() for p in tuned(refine=0).parameters())
