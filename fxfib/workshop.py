@@ -165,7 +165,9 @@ class Workshop:
     def activations(self) -> Mapping[Ref, Activation]:
         """Second moments on the calibration inputs."""
         self.step("measure")
-        return activations_of(self.graph_module, self.outlook, self.batches, self.step)
+        return activations_of(
+            self.graph_module, self.outlook, self.batches, self.step, recurrence=not self.blind
+        )
 
     @cached_property
     def exact(self) -> Analysis:

@@ -61,8 +61,16 @@ def activations_of(
     outlook: Outlook,
     batches: Batches,
     step: Step = silent,
+    *,
+    recurrence: bool = True,
 ) -> Mapping[Ref, Activation]:
-    """Of the axes whose nodes may go, in one run over all inputs; see :class:`Activation`."""
+    """Of the axes whose nodes may go, in one run over all inputs; see :class:`Activation`.
+
+    Args:
+        graph_module, outlook, batches: the original, what is known of it, and what it is run on.
+        step: told which share is done.
+        recurrence: whether weights on hidden nodes of recurrent layers will be fitted.
+    """
     analysis = outlook.exact
     places = {
         (node, axis): node if isinstance(axis, str) else as_read(analysis, node, axis)
@@ -98,7 +106,7 @@ def activations_of(
             first[ref] / count[ref],
             second[ref] / count[ref]
             - torch.outer(first[ref] / count[ref], first[ref] / count[ref]),
-            *_demand(outlook, ref, len(first[ref])),
+            *_demand(outlook, ref, len(first[ref]), recurrence),
         )
         for ref in places
     }
@@ -120,11 +128,16 @@ def _rows(analysis: Analysis, ref: Ref, value: Any, examples: int, seen: int) ->
     return flat[:, chosen].flatten(0, 1)
 
 
-def _demand(outlook: Outlook, ref: Ref, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _demand(
+    outlook: Outlook, ref: Ref, size: int, recurrence: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Products of the columns that read the nodes, and how strongly each is read by itself."""
     total = torch.zeros(size, size, dtype=torch.float64)
     for columns in outlook.columns(ref):
         wide = columns.to(torch.float64)
         total += wide.t() @ wide
     alone = torch.full((size,), outlook.plain.get(ref, 0.0), dtype=torch.float64)
+    if isinstance(ref[1], str) and not recurrence:
+        # Left as it is, what such a layer loses comes back at every step.
+        return torch.zeros_like(total), alone + total.diagonal()
     return total, alone

@@ -93,6 +93,28 @@ def test_queries_are_not_spared_since_values_tell_them() -> None:
     assert lost[23] > 0.3
 
 
+@pytest.mark.parametrize("fitted", [True, False])
+def test_what_a_recurrent_layer_loses_comes_back_unless_it_is_fitted(fitted: bool) -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.LSTM(7, 6, batch_first=True)
+            self.last = nn.Linear(6, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.layer(x)[0][:, -1])
+
+    torch.manual_seed(4)
+    model, steps = Reader().eval(), torch.randn(30, 5, 7)
+    graph = capture(model, (steps,)).graph_module
+    found = activations_of(graph, Outlook(graph), [(steps,)], recurrence=fitted)
+    (hidden,) = [a for (_, axis), a in found.items() if isinstance(axis, str)]
+    readers = torch.cat([model.layer.weight_hh_l0, model.last.weight]).detach().double()
+    demand, nothing = readers.t() @ readers, torch.zeros(6, 6, dtype=torch.float64)
+    torch.testing.assert_close(hidden.demand, demand if fitted else nothing)
+    torch.testing.assert_close(hidden.alone, nothing[0] if fitted else demand.diagonal())
+
+
 def test_a_covariance_that_rounding_left_indefinite() -> None:
     """Wide, of low rank, few large directions: eigenvalues below zero by more than the damping."""
     generator = torch.Generator().manual_seed(0)
