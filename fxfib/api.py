@@ -74,7 +74,9 @@ def compile(
             are used.  None: noise; where there is batch norm, noise that is changed until it has
             the statistics that batch norm knows; where recurrent layers read it nothing is fitted.
         compensate: at eps > 0, fit every layer that reads merged nodes to what the original
-            computes on the calibration inputs, by least squares.
+            computes on the calibration inputs, by least squares; weights of recurrent layers run
+            after run.  With calibration those nodes go that others make up for so: without
+            compensation, give none.
         refine: at eps > 0, how often the result is then trained once over the calibration inputs to
             give the original's outputs (Adam, mixtures of inputs); needs no labels.  One input in
             eight is kept apart, from least squares, too: the pass that is nearest there is taken.

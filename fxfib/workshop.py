@@ -46,6 +46,10 @@ BLIND = (
     "nothing was fitted: there is no calibration, and noise, step after step, says nothing of what "
     "a recurrent layer reads"
 )
+NOT_MADE_UP_FOR = (
+    "with calibration those nodes go that the others can make up for, and compensate=False fits "
+    "none of them: without calibration, less is lost"
+)
 
 
 def _few_threads(
@@ -230,6 +234,8 @@ class Workshop:
         if rewriter.analysis.policy.exact:
             return []
         notes: list[str] = []
+        if not self.compensate and self.calibration is not None and self.criterion == "energy":
+            notes.append(NOT_MADE_UP_FOR)
         if self.compensate and self.blind:
             notes.append(BLIND)
         elif self.compensate:

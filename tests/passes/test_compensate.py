@@ -339,3 +339,15 @@ def test_a_layer_along_an_axis_that_merged_is_left_alone() -> None:
     small = fxfib.compile(model, 0.1, (torch.randn(6, 7, 5),))
     assert small.channels.out_features < 11 and small.tokens.out_features < 9
     assert any("back is not fitted: what it works along" in n for n in small.fibration.notes)
+
+
+def test_it_is_said_that_nobody_makes_up_for_what_calibration_lets_go() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 2)).eval()
+    x = torch.randn(30, 5)
+    options = {"criterion": "energy", "compensate": False}
+    given = fxfib.compile(model, 0.2, (x,), calibration=x, **options)
+    assert any("without calibration, less is lost" in n for n in given.fibration.notes)
+    assert not fxfib.compile(model, 0.2, (x,), **options).fibration.notes
+    exact = fxfib.compile(model, 0.0, (x,), calibration=x, **options)
+    assert not exact.fibration.notes
