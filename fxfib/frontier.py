@@ -135,8 +135,8 @@ def _mark(workshop: Workshop, evaluator: Evaluator | None, place: str | None) ->
         # Another version may fit and refine in another way.
         __version__, workshop.criterion, workshop.compensate, workshop.refine,
         workshop.round_to, workshop.skip,
-        # Sums over shuffled batches differ in their last digits.
-        None if evaluator is None else f"{evaluator.original:.6g}", place,
+        None if evaluator is None else f"{evaluator.original:.6g} {evaluator.mark}",
+        evaluator is not None and evaluator.loss_fn is not None, place,
     )  # fmt: skip
     digest.update(repr(options).encode())
     if workshop.compensate or workshop.calibration is not None:

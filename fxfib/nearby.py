@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # what comes out best is refined, and as many as do not cost more multiply-accumulates than so.
 # Training counts several times: it is done in small batches.
 LOOKS = 4
-ROUNDS = 4
+ROUNDS = 3
 LOOKED_AT = 1.2e13
 TRAINING = 8
 

@@ -28,6 +28,8 @@ BATCH = 32
 TOGETHER = 4
 # One example in so many is not learned from: it judges.
 APART = 8
+# Outputs that differ by more units in the last place of the largest are other outputs.
+ROUNDING = 256
 # Devices on which Adam has a fused form.
 FUSED = ("cpu", "cuda")
 
@@ -113,10 +115,13 @@ class _Lessons:
     Attributes:
         pieces, targets: small batches of the inputs that were asked for last, and the original's
             outputs on them.
+        separate: whether examples can be asked about alone; None: it was not tried.  Along the
+            first axis there may be steps of time, or examples that are compared with one another.
     """
 
     def __init__(self, original: fx.GraphModule, inputs: Callable[[int], Batches]) -> None:
         self.original, self.inputs = original, inputs
+        self.separate: bool | None = None
         self._take(inputs(0))
 
     def _take(self, batches: Batches) -> None:
@@ -146,20 +151,38 @@ class _Lessons:
 
     def _answers(self, mixtures: Mapping[int, _Mixture]) -> dict[int, list[torch.Tensor]]:
         """What the original says of mixtures; of examples that are as they were it is known."""
-        sizes = {p: len(mixture.mixed) for p, mixture in mixtures.items()}
+        if self.separate is not False and mixtures:
+            found = self._changed(mixtures)
+            if self.separate is None:
+                first = max(mixtures, key=lambda p: int(mixtures[p].mixed.sum()))
+                whole = _outputs(self.original, [mixtures[first].inputs])[0]
+                self.separate = found is not None and _same(found[first], whole)
+            if self.separate and found is not None:
+                return found
+        return {p: _outputs(self.original, [m.inputs])[0] for p, m in mixtures.items()}
+
+    def _changed(self, mixtures: Mapping[int, _Mixture]) -> dict[int, list[torch.Tensor]] | None:
+        """Where every example has outputs of its own, those that are mixed are asked about alone.
+
+        In one call: of small pieces it is the calls that cost.
+        """
         asked = [[t[m.mixed] for t in m.inputs] for m in mixtures.values()]
-        forms = {tuple((t.shape[1:], t.dtype) for t in piece) for piece in asked}
-        rows = all(t.ndim and len(t) == n for p, n in sizes.items() for t in self.targets[p])
-        if len(forms) != 1 or not rows:
-            return {p: _outputs(self.original, [m.inputs])[0] for p, m in mixtures.items()}
-        answers = {p: [t.clone() for t in self.targets[p]] for p in mixtures}
         counts = [int(m.mixed.sum()) for m in mixtures.values()]
-        if any(counts):
-            # In one call: of small pieces it is the calls that cost.
-            (found,) = _outputs(self.original, [[torch.cat(t) for t in zip(*asked, strict=True)]])
-            for number, output in enumerate(found):
-                for p, part in zip(mixtures, output.split(counts), strict=True):
-                    answers[p][number][mixtures[p].mixed] = part
+        if not sum(counts) or len({tuple((t.shape[1:], t.dtype) for t in a) for a in asked}) != 1:
+            return None
+        (found,) = _outputs(self.original, [[torch.cat(t) for t in zip(*asked, strict=True)]])
+        answers = {p: [t.clone() for t in self.targets[p]] for p in mixtures}
+        for number, output in enumerate(found):
+            parts = output.split(counts) if output.ndim and len(output) == sum(counts) else None
+            if parts is None:
+                return None
+            for (p, mixture), part in zip(mixtures.items(), parts, strict=True):
+                target = answers[p][number]
+                if not target.ndim or len(target) != len(mixture.mixed):
+                    return None
+                if target.shape[1:] != part.shape[1:]:
+                    return None
+                target[mixture.mixed] = part
         return answers
 
 
@@ -197,6 +220,17 @@ def _training(
             seen += 1
             step("refine", seen / total)
         yield
+
+
+def _same(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> bool:
+    """Whether outputs are equal up to rounding, which batches of another size bring along."""
+    for a, b in zip(found, wanted, strict=True):
+        if a.shape != b.shape:
+            return False
+        scale = b[b.isfinite()].abs().max() if b.isfinite().any() else b.new_zeros(())
+        if not torch.allclose(a, b, 0.0, float(scale) * ROUNDING * torch.finfo(b.dtype).eps):
+            return False
+    return True
 
 
 def _trained(module: nn.Module) -> list[nn.Parameter]:

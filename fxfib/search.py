@@ -38,6 +38,8 @@ NEAR_MACS = 1 / 256
 # network must be found from which refined ones are searched.
 CLOSE = 0.02
 NEAR = 0.05
+# A loss that is higher by no more, as a part of the original's or of 1, is the original's.
+ROUNDING = 1e-6
 # Places at which a size is expected, before the rest is halved again and again.
 GUESSES = 8
 # Networks that are compared have about the same size: how near, and how often it is tried.
@@ -292,22 +294,25 @@ class Search:
     def within_loss(self, increase: float) -> Point:
         """The smallest network that was found whose measured loss is within the tolerance."""
         assert self.evaluator is not None
-        limit = self.limit = self.evaluator.original + increase
-        number, best = self._along(limit, increase)
+        path = self._marginal("params")
+        first = self._at(0, measure=True)
+        original, rise = self.evaluator.original, loss_of(first) - self.evaluator.original
+        limit = original + increase
+        if rise > increase and rise <= ROUNDING * max(1.0, abs(original)):
+            limit = loss_of(first)  # sums in another order
+        elif not rise <= increase:
+            raise InputError(
+                f"max_loss_increase={increase:g} cannot be met: even where only equal nodes merge "
+                f"the loss is {rise:g} above the original's."
+            )
+        self.limit = limit
+        number, best = self._along(path, (0, first), limit)
         assert self.path is not None
         self.gone, best = Surroundings(self, self.path, limit).best(number, best)
         return best
 
-    def _along(self, limit: float, increase: float) -> tuple[int, Point]:
+    def _along(self, path: Path, first: tuple[int, Point], limit: float) -> tuple[int, Point]:
         """The last network of the path within the limit; the path is followed on which it is."""
-        assert self.evaluator is not None
-        path = self._marginal("params")
-        first = 0, self._at(0, measure=True)
-        if loss_of(first[1]) > limit:
-            raise InputError(
-                f"max_loss_increase={increase:g} cannot be met: even without merging the loss is "
-                f"{loss_of(first[1]) - self.evaluator.original:g} above the original's."
-            )
         end = len(path) - 1
         last = end, self._at(end, measure=True)
         # Refining costs much, so only networks near the end of what is possible are refined.

@@ -108,7 +108,8 @@ def fits_of(rewriter: Rewriter, small: fx.GraphModule, ridge: float) -> tuple[li
 
 def _shared(fit: Fit) -> bool:
     """Whether others read the layer's parameters, too, or they are computed."""
-    return any(p.op != "get_attr" or len(p.users) > 1 for p in fit.parameters)
+    twice = len(set(fit.parameters)) < len(fit.parameters)
+    return twice or any(p.op != "get_attr" or len(p.users) > 1 for p in fit.parameters)
 
 
 def _merged(rewriter: Rewriter, rule: Recurrent, node: fx.Node) -> bool:

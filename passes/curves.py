@@ -84,6 +84,9 @@ class CountPolicy(EnergyPolicy):
         # Behind a depthwise layer those that went before it are constants, and have gone already.
         before = coloring_of(self.outlook.exact, ref)
         already = 0 if before is None else int((exact.constant & ~before.constant).sum())
+        if 0 < wanted <= already:
+            # Behind a recurrent layer, too, what was to go has gone, at the eps of that layer.
+            return exact
         gone = min(wanted - already, len(lost) - 1)
         eps = between(lost, gone) if gone > 0 else 0.0
         for layer in layers_behind(ref[0]):

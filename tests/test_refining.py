@@ -133,7 +133,25 @@ class Total(nn.Module):
         return torch.tanh(x).sum(0)
 
 
-@pytest.mark.parametrize("original", [graphs()[0], Total()], ids=["rows", "no rows"])
+class Compared(nn.Module):
+    """Every example with every other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x) @ torch.tanh(x).t()
+
+
+class Course(nn.Module):
+    """The first axis is time, and nothing but values says so."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x).cumsum(0)
+
+
+@pytest.mark.parametrize(
+    "original",
+    [graphs()[0], Total(), Compared(), Course()],
+    ids=["rows", "no rows", "compared", "time first"],
+)
 def test_what_is_to_be_learned_is_what_the_original_says(original: nn.Module) -> None:
     inputs = [[torch.randn(150, 5)], [torch.randn(3, 5)], [torch.randn(1, 5)]]
     lessons = refining._Lessons(original, lambda number: inputs)
@@ -142,6 +160,7 @@ def test_what_is_to_be_learned_is_what_the_original_says(original: nn.Module) ->
         pairs = list(lessons.of(number, generator))
         assert sum(len(piece[0]) for piece, _ in pairs) == 154
         assert not all(any(piece[0] is own[0] for own in lessons.pieces) for piece, _ in pairs)
+        assert lessons.separate == isinstance(original, fx.GraphModule)
         for piece, (wanted,) in pairs:
             torch.testing.assert_close(original(*piece), wanted)
 

@@ -370,3 +370,53 @@ def test_fresh_noise_in_every_pass_and_the_same_twice() -> None:
     assert calibrated.inputs(1) is calibrated.inputs(2)
     once, again = (fxfib.tune(MODEL, example_inputs=INPUTS, params=0.3) for _ in range(2))
     torch.testing.assert_close(once(X), again(X), rtol=0, atol=0)
+
+
+def test_a_file_of_other_data_tells_nothing(tmp_path: Path) -> None:
+    """Without a loss function the original's loss is 0 on all data."""
+    path = str(tmp_path / "search.json")
+    options = {
+        "example_inputs": INPUTS, "max_loss_increase": 0.05, "calibration": X, "refine": 0,
+    }  # fmt: skip
+    fxfib.tune(MODEL, [X[:100]], resume=path, **options)
+    again = fxfib.tune(MODEL, [4 * X[:100]], resume=path, **options)
+    fresh = fxfib.tune(MODEL, [4 * X[:100]], **options)
+    assert again.fibration.frontier == fresh.fibration.frontier
+
+
+@pytest.mark.parametrize("loss_fn", [None, LOSS])
+def test_no_loss_at_all_is_what_exact_merging_gives(loss_fn: Any) -> None:
+    """But for sums in another order."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 3)
+    ).eval()
+    with torch.no_grad():
+        for layer, a, b in ((model[0], 5, 3), (model[2], 7, 4)):
+            layer.weight[a], layer.bias[a] = layer.weight[b], layer.bias[b]
+    data = DATA if loss_fn else [X]
+    small = fxfib.tune(
+        model, data, loss_fn, example_inputs=INPUTS, max_loss_increase=0, calibration=X, refine=0
+    )
+    exact = fxfib.compile(model, 0.0, INPUTS)
+    counts = [sum(p.numel() for p in m.parameters()) for m in (small, exact)]
+    assert counts[0] <= counts[1] < sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_recurrent_layer_before_a_batch_norm(kind: type[nn.RNNBase]) -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = kind(6, 12, batch_first=True)
+            self.norm = nn.BatchNorm1d(12)
+            self.last = nn.Linear(12, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.norm(self.layer(x)[0][:, -1]))
+
+    torch.manual_seed(0)
+    model, x = Reader().eval(), torch.randn(60, 9, 6)
+    small = fxfib.tune(model, example_inputs=(x[:4],), params=0.6, calibration=x, refine=0)
+    whole = sum(p.numel() for p in model.parameters())
+    assert 0.4 * whole < sum(p.numel() for p in small.parameters()) <= 0.6 * whole

@@ -237,3 +237,23 @@ def test_runs_are_told_as_they_are_done() -> None:
     assert len(set(told)) > recurrent_fit.RUNS
     assert told == sorted(told)
     assert told[-1] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("tied", ["layers", "sides", "biases"])
+def test_weights_that_are_one_tensor_are_left_alone(tied: str) -> None:
+    torch.manual_seed(0)
+    model = Reader(nn.LSTM, num_layers=2)
+    model.first = nn.Linear(5, 12)
+    model.layer = layer = nn.LSTM(12, 12, num_layers=2, batch_first=True)
+    if tied == "layers":
+        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+            setattr(layer, f"{name}_l1", getattr(layer, f"{name}_l0"))
+    elif tied == "sides":
+        layer.weight_hh_l0 = layer.weight_ih_l0
+    else:
+        layer.bias_hh_l0 = layer.bias_ih_l0
+    x = torch.randn(60, 6, 5)
+    fitted, _ = both(model.eval(), x, {"first": 0.1, "layer": 0.1})
+    assert any(
+        "layer is not fitted: its parameters are shared" in n for n in fitted.fibration.notes
+    )
