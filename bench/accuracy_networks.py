@@ -110,12 +110,15 @@ class RowReader(nn.Module):
     """``linear -> LSTM -> linear`` on an image as 28 steps of 28 pixels: logits of the last step.
 
     ``forward`` takes ``[batch, 28, 28]`` and gives ``[batch, 10]``.
+
+    Args:
+        kind: the recurrent module.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kind: type[nn.RNNBase] = nn.LSTM) -> None:
         super().__init__()
         self.first = nn.Linear(28, 48)
-        self.layer = nn.LSTM(48, 96, batch_first=True)
+        self.layer = kind(48, 96, batch_first=True)
         self.last = nn.Linear(96, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -179,14 +182,22 @@ def trained_here(kind: str, width: int | None = None, epochs: int | None = None)
     return {cifar_training.name_of(kind, width, epochs): case}
 
 
+def row_reader(kind: type[nn.RNNBase]) -> Case:
+    """A case that reads MNIST row by row."""
+    return Case(
+        lambda root: RowReader(kind), lambda root: mnist(root, (28, 28)), one_pass, 1024,
+        pruners=False,
+    )  # fmt: skip
+
+
 CASES = {
     "mnist_mlp": Case(lambda root: perceptron(), lambda root: mnist(root, (784,)), one_pass, 2000),
     "mnist_cnn": Case(
         lambda root: convolutional(), lambda root: mnist(root, (1, 28, 28)), one_pass, 1024
     ),
-    "mnist_lstm": Case(
-        lambda root: RowReader(), lambda root: mnist(root, (28, 28)), one_pass, 1024, pruners=False
-    ),
+    "mnist_lstm": row_reader(nn.LSTM),
+    "mnist_gru": row_reader(nn.GRU),
+    "mnist_rnn": row_reader(nn.RNN),
     "multi30k_transformer": Case(
         trained_translator, lambda root: Sentences(), None, 256, pruners=False, labels=False
     ),
