@@ -93,6 +93,11 @@ class Allocation:
             self.yardstick(len(free)),
             self.workshop.step,
         )
+        for curve in free:
+            if curve.ref not in moved:
+                # Hidden nodes exist inside an op alone: it is seen what the fitted network loses.
+                eps = self.workshop.eps_for({curve.ref: gone[curve.ref]})
+                moved[curve.ref] = self.distance(*self.workshop.rewritten(eps))
         for number, curve in enumerate(self.curves):
             share = float(curve.lost[gone[curve.ref] - 1]) if curve.ref in gone else 0.0
             movement = moved.get(curve.ref, 0.0)
