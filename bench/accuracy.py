@@ -6,9 +6,9 @@ Networks (`accuracy_networks.py`): the MNIST perceptron of the published figures
 convolutional network on MNIST and an LSTM, a GRU and a plain RNN that read digits row by row, each
 trained once for each seed (Adam 1e-3, batches of 100, one pass) and kept in `--cache`; a ResNet-18
 and a VGG-like network for CIFAR-10, trained for each seed by `cifar_training.py` (width and epochs
-stand in the name), on 5,000 test images; the given CIFAR-10 ResNets, on 2,000; the transformer of `translation.py`, whose
-accuracy here is the BLEU of 200 validation sentences.  Seeds of the given ones draw the calibration
-alone.  CIFAR-10 is read from images stored as JPEG.
+stand in the name), on 5,000 test images; the given CIFAR-10 ResNets, on 2,000; the transformer of
+`translation.py`, whose accuracy here is the BLEU of 200 validation sentences.  Seeds of the given
+ones draw the calibration alone.  CIFAR-10 is read from images stored as JPEG.
 Every method makes networks of at most the same number of parameters.  Calibration is 2,000
 (perceptron) or 1,024 training images without labels, or 256 sentences; what is measured chooses
 nothing.  One row of the CSV is one network; rows that are there are not made again.
