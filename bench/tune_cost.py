@@ -57,6 +57,8 @@ MOVE = 0.1
 VALIDATION = 5000
 # Images that judge in the end.
 UNSEEN = 5000
+# Images of each class of CIFAR-10 to draw all of these from, and test images, which play no part.
+ENOUGH = (1200, 200)
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def network(aim: Aim, root: Path, cache: Path) -> tuple[nn.Module, Data, int]:
     """The original, its data, and how many images calibrate."""
     if isinstance(aim.network, str):
         case = CASES[aim.network]
-        data = case.data(root)
+        data = accuracy_networks.cifar(root, *ENOUGH) if aim.network == RESNET else case.data(root)
         return accuracy_networks.trained(aim.network, root, data, 0, cache), data, case.images
     data = accuracy_networks.cifar(root, *accuracy_networks.CIFAR_IMAGES)
     torch.manual_seed(0)

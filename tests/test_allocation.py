@@ -280,6 +280,35 @@ def test_movement_is_not_asked_of_hidden_nodes() -> None:
     assert sensitivities(workshop.graph_module, workshop.guide, {ref: 2}, judge) == {}
 
 
+@pytest.mark.parametrize("factor", [0.05, 1.0])
+def test_hidden_nodes_are_weighed_by_what_a_fitted_network_loses(factor: float) -> None:
+    """Of two recurrent layers of one kind the one of which less is made counts less."""
+
+    class Readers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.loud, self.quiet = (nn.GRU(7, 20, batch_first=True) for _ in range(2))
+            self.first, self.second = nn.Linear(20, 4), nn.Linear(20, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            loud, quiet = (layer(x)[0][:, -1] for layer in (self.loud, self.quiet))
+            return self.first(loud) + factor * self.second(quiet)
+
+    torch.manual_seed(2)
+    model, steps = Readers().eval(), torch.randn(64, 4, 7)
+    model.quiet.load_state_dict(model.loud.state_dict())
+    workshop = Workshop(model, (steps[:2],), criterion="energy", calibration=steps)
+    allocation = Allocation(workshop, "params", 2)
+    weights = dict(
+        zip((c.layers[0] for c in allocation.curves), allocation.weights(20), strict=True)
+    )
+    assert set(weights) == {"loud", "quiet"}
+    if factor == 1.0:
+        assert weights["loud"] == pytest.approx(weights["quiet"], rel=0.5)
+    else:
+        assert weights["loud"] > 5 * weights["quiet"]
+
+
 @pytest.mark.parametrize("factor", [0.02, 1.0])
 def test_what_hardly_counts_gives_up_more(factor: float) -> None:
     torch.manual_seed(3)
