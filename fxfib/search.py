@@ -22,6 +22,7 @@ from fxfib.latency import Stopwatch, Target
 from fxfib.macs import macs_of
 from fxfib.modules import raise_modules
 from fxfib.nearby import Surroundings
+from fxfib.passes.forward import OUTPUT
 from fxfib.passes.groups import groups_of
 from fxfib.passes.plan import make_plan
 from fxfib.passes.rewrite import Rewriter
@@ -44,6 +45,8 @@ ROUNDING = 1e-6
 GUESSES = 8
 # Networks that are compared have about the same size: how near, and how often it is tried.
 ALIKE, TRIES = 0.01, 3
+# Groups that stay whole, of which a message tells.
+TOLD = 3
 # How finely the published strategy searches the eps of a layer.
 BISECTIONS = 7
 
@@ -222,7 +225,7 @@ class Search:
         """The first point of the path that is small enough."""
         path = self._marginal(kind)
         if not path.curves:
-            raise InputError("no layer of this model has nodes that could merge.")
+            raise InputError(f"no layer of this model has nodes that could merge.{self._stays()}")
         limit = target * self._original(kind) if target <= 1 else target
         if self._at(0).size(kind) <= limit:
             return self._at(0)
@@ -230,9 +233,16 @@ class Search:
         if smallest > limit:
             raise InputError(
                 f"{kind}={target:g} cannot be met: the smallest network that was found has "
-                f"{smallest:,} ({smallest / self._original(kind):.3g} of the original)."
+                f"{smallest:,} ({smallest / self._original(kind):.3g} of the original).{self._stays()}"
             )
         return self._at(self._allocate(kind, limit))
+
+    def _stays(self) -> str:
+        """What does not merge, and why, for a message."""
+        groups = groups_of(make_plan(self.workshop.exact))
+        groups = tuple(group for group in groups if group.reason not in ("", OUTPUT))
+        told = [f"{group.members[0]} ({group.reason})" for group in groups[:TOLD] if group.members]
+        return f" All nodes stay of: {'; '.join(told)}." if told else ""
 
     def _fitting(self, kind: str, limit: float, aim: float) -> int:
         """The first place that is small enough, as the original is not and the last place is.

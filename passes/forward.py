@@ -30,6 +30,7 @@ from fxfib.passes.stages import Step, silent
 from fxfib.signature import Form, unit_roundoff
 
 RANDOM = torch.Tag.nondeterministic_seeded
+OUTPUT = "it is an output of the network"
 
 
 @dataclass(frozen=True)
@@ -348,7 +349,7 @@ class Analysis:
         if node.op == "output":
             for source in node.all_input_nodes:
                 if is_tensor(source):
-                    self.full(source, None, "it is an output of the network")
+                    self.full(source, None, OUTPUT)
             return
         if self.is_constant(node):
             return

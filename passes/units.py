@@ -16,6 +16,7 @@ from torch import fx
 from fxfib.coloring import Labels
 from fxfib.passes.backward import Colored
 from fxfib.passes.cover import layers, size_of
+from fxfib.passes.forward import OUTPUT
 from fxfib.passes.relations import Even, Full, Keep, Move, Ref, Same
 from fxfib.passes.rules import find_rule
 from fxfib.passes.rules.base import is_tensor
@@ -106,7 +107,7 @@ def _follow(analysis: Colored, unit: Unit, start: Ref) -> None:
             if user not in forward:
                 continue
             if user.op == "output":
-                raise _Refused("it is an output of the network")
+                raise _Refused(OUTPUT)
             for out, positions in _through(analysis, unit, user, ref, places[ref]):
                 if out not in places:
                     places[out] = positions

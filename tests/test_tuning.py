@@ -420,3 +420,20 @@ def test_a_recurrent_layer_before_a_batch_norm(kind: type[nn.RNNBase]) -> None:
     small = fxfib.tune(model, example_inputs=(x[:4],), params=0.6, calibration=x, refine=0)
     whole = sum(p.numel() for p in model.parameters())
     assert 0.4 * whole < sum(p.numel() for p in small.parameters()) <= 0.6 * whole
+
+
+def test_it_is_said_what_stays_and_why() -> None:
+    options = {"example_inputs": INPUTS, "params": 0.5, "calibration": X}
+    with pytest.raises(InputError, match=r"could merge\. All nodes stay of: 0 \(the user asked"):
+        fxfib.tune(MODEL, skip=["*"], **options)
+
+    class Sorted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 20), nn.Linear(20, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.first(x).sort(1)[0])
+
+    with pytest.raises(InputError, match=r"first \(aten.sort.* no rule for this op\)\.$"):
+        fxfib.tune(Sorted().eval(), **options)
