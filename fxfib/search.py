@@ -233,7 +233,8 @@ class Search:
         if smallest > limit:
             raise InputError(
                 f"{kind}={target:g} cannot be met: the smallest network that was found has "
-                f"{smallest:,} ({smallest / self._original(kind):.3g} of the original).{self._stays()}"
+                f"{smallest:,} ({smallest / self._original(kind):.3g} of the original)."
+                f"{self._stays()}"
             )
         return self._at(self._allocate(kind, limit))
 
