@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # Training counts several times: it is done in small batches.
 LOOKS = 4
 ROUNDS = 3
-LOOKED_AT = 1.2e13
+LOOKED_AT = 6e12
 TRAINING = 8
 
 # How much smaller the next network is to be, and which part of the nodes that are left of a group

@@ -60,7 +60,7 @@ def tune(
     networks (sizes and latencies) and evaluating them (losses), each where the ones before say that
     the limit is; and within a loss, networks around the best one are looked at, too: some nodes of
     one group less, some of another more, four for each group and no more work than some
-    1e13 multiply-accumulates.  Of small models all is done in one thread.
+    6e12 multiply-accumulates.  Of small models all is done in one thread.
     ``"bisection"``, as published: layer by layer, in order, the largest eps whose measured loss
     stays within the tolerance; it needs ``max_loss_increase``.
 
