@@ -45,11 +45,10 @@ class Nearby:
         costs: sizes of networks, and which groups may lose nodes.
         most: how many nodes of every group may go.
         gone: how many have gone, of the best network so far.
-        kind: ``"params"`` or ``"macs"``, what is to shrink.
     """
 
-    def __init__(self, costs: Costs, most: Labels, gone: Labels, kind: str = "params") -> None:
-        self.costs, self.most, self.best, self.kind = costs, most, gone, kind
+    def __init__(self, costs: Costs, most: Labels, gone: Labels) -> None:
+        self.costs, self.most, self.best = costs, most, gone
         self.free = np.flatnonzero(most)
         self.generator = np.random.default_rng(0)
         self.move: tuple[int, int, float] | None = None
@@ -93,8 +92,7 @@ class Nearby:
         return gone if self._size(gone) <= enough else None
 
     def _size(self, gone: Labels) -> float:
-        left = self.costs.sizes - gone
-        return self.costs.parameters(left) if self.kind == "params" else self.costs.macs(left)
+        return self.costs.parameters(self.costs.sizes - gone)
 
 
 class Surroundings:

@@ -201,17 +201,10 @@ class Search:
         parameters = sum(p.numel() for p in small.parameters())
         return {"params": parameters, "macs": macs_of(small) // self.batch}
 
-    def _at(
-        self,
-        place: int,
-        *,
-        measure: bool = False,
-        refine: bool = False,
-        below: float = math.inf,
-    ) -> Point:
+    def _at(self, place: int, *, measure: bool = False, refine: bool = False) -> Point:
         assert self.path is not None
         eps, predicted = self._eps(place), self.path.predicted(place)
-        return self.made(eps, predicted, measure=measure, refine=refine, below=below)
+        return self.made(eps, predicted, measure=measure, refine=refine)
 
     def _eps(self, place: int) -> dict[str, float]:
         assert self.path is not None

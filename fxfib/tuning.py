@@ -59,8 +59,9 @@ def tune(
     none are given, the root is taken).  Along its path the target is found by making
     networks (sizes and latencies) and evaluating them (losses), each where the ones before say that
     the limit is; and within a loss, networks around the best one are looked at, too: some nodes of
-    one group less, some of another more, four for each group and no more work than some
-    6e12 multiply-accumulates.  Of small models all is done in one thread.
+    one group less, some of another more, four for each group (of refined networks three times as
+    many, as they are before that, and the best of each four) and no more work than some 6e12
+    multiply-accumulates.  Of small models all is done in one thread.
     ``"bisection"``, as published: layer by layer, in order, the largest eps whose measured loss
     stays within the tolerance; it needs ``max_loss_increase``.
 
